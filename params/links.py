@@ -1,0 +1,123 @@
+"""Files from anywhere, linked into data/raw (dumps) and data/base (a base model), where DVC hashes them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from params.load import ParamsError
+
+RAW, BASE = Path("data/raw"), Path("data/base")
+DUMP_SUFFIXES = (".7z", ".xz", ".gz", ".bz2", ".xml", ".jsonl", ".parquet")
+# In a folder: the archive of a whole site, Posts alone and preference data; not the other tables of the dump.
+OTHER_TABLE = re.compile(r"(^|[.-])(Badges|Comments|PostHistory|PostLinks|Tags|Users|Votes)\.", re.IGNORECASE)
+POSTS = re.compile(r"(\.7z|(^|[.-])Posts\.xml(\.(xz|gz|bz2))?|\.parquet|\.jsonl(\.(xz|gz|bz2))?)$")
+HUB = "hf://datasets/"  # not linked: the data stage streams it
+MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # no pickles, no code
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """`name` is to point to `target`: ``Link("unix.example.7z", Path("/dumps/unix.example.7z"))``."""
+
+    name: str
+    target: Path  # absolute
+
+
+def dump_links(value: str) -> list[Link]:
+    """The dump files that `data.source=<value>` names.
+
+    Args:
+        value: a path, several with commas between, or a folder of dumps, or of folders with a Posts.xml each;
+            names on the Hub are passed over.
+
+    Returns:
+        Links by name; a file called Posts.xml takes its folder's name: `<folder>.Posts.xml`. A PostLinks file
+        beside a Posts file comes with it.
+
+    Raises:
+        ParamsError: a path is missing or of no known type, a folder holds no dump, or two files share a name.
+    """
+    links: dict[str, Link] = {}
+    for part in _parts(value):
+        for path in _dump_files(Path(part).expanduser()):
+            is_bare = path.name.startswith(("Posts.", "PostLinks."))
+            name = f"{path.parent.absolute().name}.{path.name}" if is_bare else path.name
+            if name in links:
+                raise ParamsError(f"data.source: {links[name].target} and {path} would both be {RAW / name}")
+            links[name] = Link(name, path.resolve())
+    if not links and not hub_names(value):
+        raise ParamsError("data.source is empty; name dump files: data.source=<path>[,<path> …]")
+    return [links[name] for name in sorted(links)]
+
+
+def model_links(folder: Path) -> list[Link]:
+    """The files of a base model's folder that matter to a run.
+
+    Raises:
+        ParamsError: it has no config.json, or no weights in safetensors.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES and path.is_file())
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise ParamsError(f"model.base: {folder} has no weights (*.safetensors)")
+    if not any(path.name == "config.json" for path in files):
+        raise ParamsError(f"model.base: {folder} has no config.json")
+    return [Link(path.name, path.resolve()) for path in files if not path.name.startswith(".")]
+
+
+def relink(wanted: Mapping[Path, Sequence[Link]]) -> None:
+    """Make the links the only symbolic ones in their folders; real files there are the user's own and stay.
+
+    Args:
+        wanted: folder -> its links.
+
+    Raises:
+        ParamsError: a real file stands where a link to another should be; then nothing is changed.
+    """
+    for folder, links in wanted.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder / link.name for link in links if link.target != (folder / link.name).resolve()):
+            if path.exists() and not path.is_symlink():
+                raise ParamsError(f"{path} is a file of your own, in the way of a link of that name")
+    for folder, links in wanted.items():
+        for path in [path for path in folder.iterdir() if path.is_symlink()]:
+            path.unlink()
+        for link in links:
+            if not (folder / link.name).exists():  # else it is the file itself
+                os.symlink(link.target, folder / link.name)
+
+
+def hub_names(value: str) -> list[str]:
+    """The names on the Hub among those that `data.source=<value>` names."""
+    return sorted({part for part in _parts(value, hub=True)})
+
+
+def _parts(value: str, hub: bool = False) -> list[str]:
+    parts = filter(None, map(str.strip, value.split(",")))
+    return [part for part in parts if part.startswith(HUB) is hub]
+
+
+def _dump_files(path: Path) -> list[Path]:
+    """The dump files that a path stands for, each with the PostLinks file beside it."""
+    files = _posts_files(path)
+    links = [file.with_name(file.name.replace("Posts.", "PostLinks.")) for file in files]
+    return [*files, *(link for link in links if link not in files and link.is_file())]
+
+
+def _posts_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        shown = [child for child in path.iterdir() if child.name[0] != "."]
+        deeper = [file for child in shown if child.is_dir() for file in child.glob("Posts.xml*")]
+        inside = sorted(child for child in (*shown, *deeper) if child.is_file())
+        files = [file for file in inside if POSTS.search(file.name) and not OTHER_TABLE.search(file.name)]
+        if not files:
+            raise ParamsError(f"data.source: folder {path} holds no dump (*.7z, *Posts.xml, *Posts.xml.xz …)")
+        return files
+    if not path.is_file():
+        raise ParamsError(f"data.source: {path} does not exist")
+    if path.suffix not in DUMP_SUFFIXES:
+        raise ParamsError(f"data.source: {path} is of no known type ({', '.join(DUMP_SUFFIXES)})")
+    return [path]

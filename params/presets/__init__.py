@@ -1,0 +1,1 @@
+"""Complete runs, each as its differences from the defaults of params/schema.py."""

@@ -1,0 +1,266 @@
+"""Every number of a run, stated once: one frozen section per stage, plus `model`, `seed` and `machine`.
+
+`params.yaml` is the complete rendering of :class:`Params`; presets list only differences. Numbers are coerced
+within their bounds, because DVC writes `-S sft.learning_rate=1e-5` as `1e-05`, which YAML 1.1 reads as a
+string.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+warnings.filterwarnings("ignore", message='Field name "register"')  # a stage's word; shadows ABCMeta.register
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16"]
+OptimizerName = Literal["adamw", "muon"]
+
+
+class Section(BaseModel):
+    """A frozen group of parameters; an unknown key is an error that names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class MachineParams(Section):
+    """What the machine can bear. Tracked by no stage.
+
+    Same inputs and same machine section give the same hashes.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where there is one, else cpu"
+    )
+    threads: int = Field(2, ge=1, description="CPU threads of a training process")
+    microbatch_rows: int = Field(64, ge=1, description="most sequences or packed rows in one forward")
+    decode_rows: int = Field(512, ge=1, description="most sequences that are sampled side by side")
+    checkpoint_steps: int = Field(
+        100, ge=1, description="optimizer steps of sft and reward between two checkpoints"
+    )
+    checkpoint_updates: int = Field(10, ge=1, description="updates of ppo between two checkpoints")
+
+
+class ArchitectureParams(Section):
+    """A model made from nothing, when `model.base` is empty. Keys are transformers' configuration keys."""
+
+    model_type: str = Field("llama", description="transformers model type")
+    hidden_size: int = Field(128, ge=8)
+    intermediate_size: int = Field(384, ge=8)
+    num_hidden_layers: int = Field(4, ge=1)
+    num_attention_heads: int = Field(4, ge=1)
+    num_key_value_heads: int = Field(4, ge=1)
+    max_position_embeddings: int = Field(512, ge=8, description="longest sequence, tokens")
+    tie_word_embeddings: bool = True
+    vocab_size: int = Field(
+        1024, ge=300, description="size of the tokenizer trained on the sft split, tokens"
+    )
+
+
+class ModelParams(Section):
+    """The base model of the whole run; tracked by pack (its tokenizer) and sft (its weights)."""
+
+    base: str = Field(
+        "", description="Hub id or folder of a pre-trained causal model; empty: made from `config`"
+    )
+    revision: str = Field("main", description="Hub revision of `base`; a folder has none")
+    config: ArchitectureParams = ArchitectureParams()
+
+
+class SampleParams(Section):
+    """The built-in sample site, used when `data.source` is `sample`."""
+
+    questions: int = Field(12000, ge=24, description="questions of the sample site")
+
+
+class SplitParams(Section):
+    """Shares of the questions; they need not sum to one, only their ratios count."""
+
+    sft: float = Field(0.25, ge=0)
+    reward: float = Field(0.6, ge=0)
+    rl: float = Field(0.09, ge=0)
+    eval: float = Field(0.06, ge=0)
+
+    @model_validator(mode="after")
+    def _positive(self) -> SplitParams:
+        for name in ("sft", "reward", "rl", "eval"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"data.split.{name} must be positive: every stage needs questions of its own"
+                )
+        return self
+
+
+class DataParams(Section):
+    """Dump in, questions with scored answers out."""
+
+    source: Literal["sample"] | tuple[str, ...] = Field(
+        "sample",
+        description="`sample`, or names of dump files under data/raw (`params use` links them there)",
+    )
+    sample: SampleParams = SampleParams()
+    min_answers: int = Field(
+        2, ge=1, description="questions with fewer answers are left out, as in StackLLaMA"
+    )
+    split: SplitParams = SplitParams()
+
+
+class PackParams(Section):
+    """Tokens: tokenizer, template and every length."""
+
+    row_tokens: int = Field(256, ge=16, description="length of a packed row, tokens")
+    document_tokens: int = Field(
+        128, ge=16, description="longest question + answer + eos; for longer ones see long_documents"
+    )
+    long_documents: Literal["cut", "drop", "split"] = Field(
+        "cut", description="cut: no eos; drop: no such answer; split: sft learns all pieces, others cut"
+    )
+    prompt_tokens: int = Field(
+        64, ge=8, description="longest prompt of PPO and its evaluation; for longer ones see long_prompts"
+    )
+    long_prompts: Literal["drop", "left_truncate"] = Field(
+        "drop", description="left_truncate: the last prompt_tokens tokens stay"
+    )
+    answers_per_question: int = Field(
+        5, ge=1, description="answers of one question that SFT sees, best first"
+    )
+    pairs_per_question: int = Field(10, ge=1, description="most pairs of one question, chosen by hash")
+
+
+class SFTParams(Section):
+    """Supervised fine-tuning on packed rows."""
+
+    loss_on: Literal["all", "response"] = Field("response", description="which tokens are learnt")
+    optimizer: OptimizerName = Field("muon", description="muon: hidden matrices by Muon, the rest by AdamW")
+    learning_rate: Positive = Field(4e-3, description="peak")
+    epochs: Positive = Field(3, description="passes over the packed rows")
+    batch_rows: int = Field(8, ge=1, description="packed rows per optimizer step, over all processes")
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_share: Share = Field(0.05, description="share of the steps that warm the learning rate up")
+    max_grad_norm: Positive = 1.0
+    dtype: Dtype = Field("float32", description="autocast dtype of the forward; master weights stay float32")
+
+
+class RewardParams(Section):
+    """Reward model on grouped answers."""
+
+    optimizer: OptimizerName = Field("muon", description="muon: hidden matrices by Muon, the rest by AdamW")
+    learning_rate: Positive = Field(2e-3, description="peak")
+    epochs: Positive = Field(2.5, description="passes over the questions")
+    batch_questions: int = Field(20, ge=1, description="questions per optimizer step, over all processes")
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_share: Share = Field(0.05, description="share of the steps that warm the learning rate up")
+    max_grad_norm: Positive = 1.0
+    dtype: Dtype = Field("float32", description="autocast dtype of the forward; master weights stay float32")
+
+
+class RewardEvalParams(Section):
+    """Report card and gate."""
+
+    min_accuracy: Share = Field(0.8, description="least held-out accuracy")
+    min_margin: float = Field(
+        0.1, ge=-1, le=1, description="least lead over the best rule that sees only the text"
+    )
+    enforce: bool = Field(True, description="false: the verdict is recorded and ppo runs all the same")
+    bootstrap_samples: int = Field(1000, ge=100, description="resamples of questions behind each interval")
+
+
+class PPOConfig(Section):
+    """Proximal policy optimisation; fields shared with TRL 0.11 keep its names and meaning."""
+
+    updates: int = Field(60, ge=1, description="rollouts, each followed by ppo_epochs passes over it")
+    learning_rate: Positive = Field(1e-4, description="constant, AdamW")
+    batch_size: int = Field(128, ge=1, description="prompts of one rollout, over all processes")
+    mini_batch_size: int = Field(64, ge=1, description="responses per backward pass")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="minibatches per optimizer step")
+    ppo_epochs: int = Field(1, ge=1, description="passes over one rollout")
+    init_kl_coef: float = Field(0.3, ge=0, description="price of KL at the start, score units per nat")
+    adap_kl_ctrl: bool = Field(True, description="adapt the price towards `target` (arXiv 1909.08593, 2.2)")
+    target: Positive = Field(0.5, description="wanted KL per response, nats")
+    horizon: int = Field(10000, ge=1, description="responses over which the price adapts")
+    gamma: Share = 1.0
+    lam: Share = Field(1.0, description="lambda of GAE (arXiv 1506.02438, eq. 16)")
+    cliprange: Positive = 0.2
+    cliprange_value: Positive = 0.2
+    vf_coef: float = Field(0.1, ge=0, description="weight of the value loss")
+    max_grad_norm: Positive = 1.0
+    temperature: Positive = Field(
+        1.0, description="of sampling; log-probabilities are those of the tempered policy"
+    )
+    response_tokens: int = Field(32, ge=1, description="longest response")
+    missing_eos_penalty: float = Field(
+        1.0, ge=0, description="taken from the score of a response without eos"
+    )
+    normalize_scores: bool = Field(
+        True, description="score -> (score - mean) / std of the reward model's validation"
+    )
+    select: Literal["last", "best"] = Field(
+        "last", description="best: highest held-out score within the budget"
+    )
+    kl_budget_nats: Positive = Field(1.0, description="KL per response that `select: best` may spend")
+    eval_updates: int = Field(20, ge=1, description="updates between two looks at the held-out prompts")
+    dtype: Dtype = Field("float32", description="autocast dtype of the forward; master weights stay float32")
+
+    @model_validator(mode="after")
+    def _divides(self) -> PPOConfig:
+        step = self.mini_batch_size * self.gradient_accumulation_steps
+        if self.batch_size % step:
+            raise ValueError(
+                f"ppo.batch_size ({self.batch_size}) must be a multiple of ppo.mini_batch_size × "
+                f"ppo.gradient_accumulation_steps ({step})"
+            )
+        return self
+
+
+class PolicyEvalParams(Section):
+    """Policy against SFT on held-out prompts."""
+
+    prompts: int = Field(1000, ge=1, description="most held-out prompts, chosen by hash")
+    samples_per_prompt: int = Field(
+        4, ge=1, description="sampled responses per prompt, beside one greedy response"
+    )
+    bootstrap_samples: int = Field(1000, ge=100, description="resamples of prompts behind each interval")
+
+
+class RegisterParams(Section):
+    """Names in the MLflow registry."""
+
+    prefix: str = Field(
+        "stackrl", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", description="models: <prefix>-sft, -reward, -policy"
+    )
+
+
+class Params(Section):
+    """A complete run."""
+
+    seed: int = Field(0, ge=0, description="every draw derives its own seed from (seed, stage, purpose)")
+    machine: MachineParams = MachineParams()
+    model: ModelParams = ModelParams()
+    data: DataParams = DataParams()
+    pack: PackParams = PackParams()
+    sft: SFTParams = SFTParams()
+    reward: RewardParams = RewardParams()
+    reward_eval: RewardEvalParams = RewardEvalParams()
+    ppo: PPOConfig = PPOConfig()
+    policy_eval: PolicyEvalParams = PolicyEvalParams()
+    register: RegisterParams = RegisterParams()
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Params:
+        pack, ppo = self.pack, self.ppo
+        if pack.document_tokens > pack.row_tokens:
+            raise ValueError(
+                f"pack.document_tokens ({pack.document_tokens}) exceeds pack.row_tokens ({pack.row_tokens})"
+            )
+        if not self.model.base:
+            room = self.model.config.max_position_embeddings
+            if pack.document_tokens > room or pack.prompt_tokens + ppo.response_tokens > room:
+                raise ValueError(
+                    f"model.config.max_position_embeddings ({room}) is shorter than pack.document_tokens "
+                    f"({pack.document_tokens}) or pack.prompt_tokens + ppo.response_tokens "
+                    f"({pack.prompt_tokens} + {ppo.response_tokens})"
+                )
+        return self

@@ -1,0 +1,114 @@
+"""Run one stage: `python -m tasks ppo`. DVC and Prefect walk this road too; there is no other."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from params.load import read
+from tasks.run import tracking
+from tasks.run.files import remove, write_json
+from tasks.run.layout import STAGES, Layout, Refusal, StageResult
+from tasks.run.lifetime import Stopped, stage_lock, stop_on_signals, tie_to_parent
+
+NO_TELEMETRY = {
+    "DO_NOT_TRACK": "true",
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+GENTLE = {  # set before torch and transformers are loaded
+    "GOMP_SPINCOUNT": "3000",  # a thread that waits spins briefly: fast alone, bearable on a shared core
+    "TQDM_DISABLE": "1",  # the stages say where they are themselves
+    "TRANSFORMERS_VERBOSITY": "error",  # a fresh score head and long texts are meant
+    "TOKENIZERS_PARALLELISM": "false",  # the same tokenizer on every machine, no warning after a fork
+}
+DISK_FULL = ("No space left on device", "database or disk is full")
+HEADLINE_METRICS = 6  # metrics in the closing line; the rest stands in metrics.json
+
+
+def execute(stage: str, layout: Layout | None = None) -> StageResult:
+    """Run `stage` where `layout` says: parameters, lock, MLflow run, the stage itself, metrics.json.
+
+    What the stage kept for resuming is removed once it is done.
+
+    Raises:
+        ValueError: params.yaml is wrong, another process runs this stage, or its input does not do.
+        Refusal: the stage declined; scratch/<stage>/refusal.json says why.
+    """
+    layout = layout or Layout.here()
+    params = read(layout.root / "params.yaml")
+    with stage_lock(layout, stage):
+        remove(layout.refusal(stage))
+        scratch = layout.scratch(stage)
+        logged = dict(dotted(params.model_dump(mode="json"), [*layout.tracked(stage), "machine"]))
+        with tracking.stage_run(stage, logged, layout):
+            try:
+                result = importlib.import_module(f"tasks.{stage}").run(params, layout)
+            except Refusal as refusal:
+                write_json(layout.refusal(stage), {"stage": stage, "reason": str(refusal)})
+                raise
+            write_json(layout.artifact(stage, "metrics.json"), result.metrics)
+            tracking.log_metrics(result.metrics)
+        remove(scratch)
+    return result
+
+
+def dotted(values: dict[str, Any], wanted: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested `values` under dotted names: those that `wanted` names, itself or by a section."""
+    for key, value in values.items():
+        name = prefix + key
+        if isinstance(value, dict):
+            yield from dotted(value, wanted, f"{name}.")
+        elif any(name == one or name.startswith(f"{one}.") for one in wanted):
+            yield name, value
+
+
+def reason(error: Exception) -> str | None:
+    """The one line a user needs, or None where only a traceback helps."""
+    text = " ".join(str(error).split())
+    if any(words in text for words in DISK_FULL):
+        return f"the disk is full: {text}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return text if isinstance(error, ValueError | OSError) else None
+
+
+def hint(stage: str) -> str:
+    """How to get the earlier result back: DVC removes outs before it runs a stage."""
+    is_lost = "DVC_STAGE" in os.environ and stage in Layout.here().locked()
+    return f" (`dvc checkout {stage}` brings the earlier result back)" if is_lost else ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; the exit status: 0 done, 1 the user can mend it, 130 and 143 stopped."""
+    parser = argparse.ArgumentParser(prog="python -m tasks", description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    stage = parser.parse_args(arguments).stage
+    for name, value in (NO_TELEMETRY | GENTLE).items():
+        os.environ.setdefault(name, value)
+    try:
+        with stop_on_signals():
+            if "DVC_STAGE" in os.environ:  # by hand, `nohup python -m tasks … &` may outlive its shell
+                tie_to_parent()
+            result = execute(stage)
+    except Stopped as stopped:
+        print(f"stackrl: {stage}: {stopped}; run it again to go on from the last checkpoint", file=sys.stderr)
+        return stopped.status
+    except Exception as error:
+        line = reason(error)
+        if line is None or os.environ.get("STACKRL_TRACEBACK"):
+            raise
+        print(f"stackrl: {stage}: {line}{hint(stage)}", file=sys.stderr)
+        return 1
+    headline = [f"{name} {value:.5g}" for name, value in result.metrics.items()][:HEADLINE_METRICS]
+    print(f"stackrl: {stage}: {', '.join(headline) or 'done'}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

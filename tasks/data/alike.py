@@ -1,0 +1,87 @@
+"""Which questions ask the same, and the proof that no two of them were parted: fingerprints on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.data.parallel import ordered_map
+from tasks.data.split import Clusters, fingerprint, marks
+
+KINDS = ("title", "body")
+SHARED = """
+WITH marks AS (SELECT file_row_number AS number, unnest(marks) AS mark FROM read_parquet($questions))
+SELECT mark, number FROM marks WHERE mark IN (SELECT mark FROM marks GROUP BY mark HAVING count(*) > 1)
+ORDER BY mark, number
+"""
+LINKED = """
+WITH questions AS (SELECT file_row_number AS number, site, id FROM read_parquet($questions))
+SELECT a.number, b.number FROM read_parquet($links) l
+JOIN questions a ON a.site = l.site AND a.id = l.a JOIN questions b ON b.site = l.site AND b.id = l.b
+"""
+OVERLAPS = """
+SELECT kind, count(*) FROM (SELECT kind FROM homes GROUP BY kind, mark HAVING count(DISTINCT split) > 1)
+GROUP BY kind
+"""
+HOMES = pa.schema([("kind", pa.string()), ("mark", pa.binary(16)), ("split", pa.string())])
+
+
+def cluster(base: duckdb.DuckDBPyConnection, questions: Path, links: Path) -> Clusters:
+    """Join questions that share a normalised title or body, or that are linked as duplicates.
+
+    Args:
+        base: a database.
+        questions: Parquet file with site, id and `marks`, sorted by (site, id).
+        links: Parquet file of `tasks.data.shelf.LINKS`.
+    """
+    clusters = Clusters(pq.read_metadata(questions).num_rows)
+    files = {"questions": str(questions)}
+    first: tuple[bytes, int] | None = None
+    for mark, number in _rows(base.execute(SHARED, files)):
+        if first and first[0] == mark:
+            clusters.join(first[1], number)
+        else:
+            first = mark, number
+    for a, b in _rows(base.execute(LINKED, files | {"links": str(links)})):
+        clusters.join(a, b)
+    return clusters
+
+
+def overlaps(base: duckdb.DuckDBPyConnection, files: Mapping[str, Path], processes: int) -> dict[str, int]:
+    """How many ids, titles and bodies stand in several splits; from what was written, not from `cluster`."""
+    base.execute("CREATE OR REPLACE TABLE homes (kind VARCHAR, mark BLOB, split VARCHAR)")
+    for found in ordered_map(_homes, _batches(files), processes):
+        base.register("found", found)
+        base.execute("INSERT INTO homes SELECT * FROM found")
+        base.unregister("found")
+    shared = dict(base.execute(OVERLAPS).fetchall())
+    return {kind: shared.get(kind, 0) for kind in ("id", *KINDS)}
+
+
+def _batches(files: Mapping[str, Path]) -> Iterator[tuple[str, pa.RecordBatch]]:
+    for split, path in files.items():
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(4096, columns=["site", "id", "title", "text"]):
+                yield split, batch
+
+
+def _homes(split_and_batch: tuple[str, pa.RecordBatch]) -> pa.Table:
+    split, batch = split_and_batch
+    rows = []
+    for question in batch.to_pylist():
+        title, text = question["title"], question["text"]
+        body = text.removeprefix(title).removeprefix("\n\n") if title else text
+        for mark in (("id", f"{question['site']}/{question['id']}"), *marks(title, body)):
+            rows.append((mark[0], fingerprint(mark), split))
+    columns = zip(*rows, strict=True) if rows else ([], [], [])
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, HOMES, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=HOMES)
+
+
+def _rows(cursor: duckdb.DuckDBPyConnection) -> Iterator[tuple]:
+    while rows := cursor.fetchmany(10_000):
+        yield from rows

@@ -1,0 +1,112 @@
+"""What the data is, in numbers and in words: metrics and the data card."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+DROPS = {
+    "row_without_id": "row without a readable Id",
+    "duplicate_id": "row with the Id of an earlier one",
+    "other_post_type": "neither question nor answer (wiki, tag excerpt, nomination, …)",
+    "unreadable_row": "question or answer without a readable Score, CreationDate or ParentId",
+    "orphan_answer": "answer to no question of the file",
+    "empty_answer": "answer without words (an image, or nothing)",
+    "identical_answer": "answer with the text of an earlier one to the same question",
+    "unreadable_html": "text that could not be converted",
+    "empty_question": "question without words",
+    "question_with_few_answers": "question with fewer usable answers than data.min_answers",
+    "answer_of_dropped_question": "answer that went with its question",
+}
+
+
+class Tally:
+    """Counts questions, answers, pairs and licences as they are written.
+
+    Attributes:
+        counts: (site, split) -> questions, answers, pairs.
+        licences: name -> posts.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, str], Counter[str]] = {}
+        self.licences: Counter[str] = Counter()
+
+    def add(self, split: str, questions: pa.Table) -> None:
+        """Count questions of `tasks.data.write.UNSPLIT`."""
+        answers = pc.list_flatten(questions["answers"])
+        for licences in (questions["licence"], pc.struct_field(answers, "licence")):
+            for found in pc.value_counts(licences).to_pylist():
+                self.licences[found["values"]] += found["counts"]
+        lengths = pc.list_value_length(questions["answers"])
+        table = pa.table({"site": questions["site"], "answers": lengths, "pairs": questions["pairs"]})
+        sums = table.group_by("site").aggregate([("answers", "sum"), ("pairs", "sum"), ("site", "count")])
+        for row in sums.to_pylist():
+            found = self.counts.setdefault((row["site"], split), Counter())
+            found["questions"] += row["site_count"]
+            found["answers"] += row["answers_sum"]
+            found["pairs"] += row["pairs_sum"]
+
+    def sum(self, site: str | None = None, split: str | None = None) -> dict[str, int]:
+        """Questions, answers and pairs of a site, a split, both or all."""
+        found = [c for (s, name), c in self.counts.items() if site in (None, s) and split in (None, name)]
+        return {what: sum(counts[what] for counts in found) for what in ("questions", "answers", "pairs")}
+
+
+def metrics_of(
+    tally: Tally, splits: Sequence[str], rows: int, drops: Counter[str], overlap: Mapping[str, int]
+) -> dict[str, float]:
+    """Counts for metrics.json: rows, questions, answers, pairs, per split too, drops by reason, overlaps."""
+    metrics = {"rows": rows, **tally.sum()}
+    for name in splits:
+        metrics |= {f"{name}/{key}": value for key, value in tally.sum(split=name).items()}
+    metrics |= {f"drops/{reason}": drops[reason] for reason in DROPS}
+    metrics |= {f"overlap/{kind}": count for kind, count in overlap.items()}
+    return {key: float(value) for key, value in metrics.items()}
+
+
+def card_of(tally: Tally, splits: Sequence[str], metrics: Mapping[str, float], min_answers: int) -> str:
+    """The card as Markdown; the same data gives the same text."""
+    sites = sorted({site for site, _ in tally.counts})
+    lines = [
+        "# Data card",
+        "",
+        f"Questions with {min_answers} or more usable answers from {len(sites)} StackExchange site(s), "
+        "split by question. An answer's score is `round(log2(1 + votes))`, + 1 if accepted, −1 if votes are "
+        "negative; a pair is two answers of one question with different scores.",
+        "",
+        "| site | split | questions | answers | pairs |",
+        "|---|---|---:|---:|---:|",
+        *(_line(site, name, tally.sum(site, name)) for site in sites for name in splits),
+        *(_line("**all**", name, tally.sum(split=name)) for name in splits),
+        _line("**all**", "**all**", tally.sum()),
+        "",
+        f"Of {metrics['rows']:,.0f} rows read, dropped:",
+        "",
+        "| reason | rows |",
+        "|---|---:|",
+        *(f"| {words} | {metrics[f'drops/{reason}']:,.0f} |" for reason, words in DROPS.items()),
+        "",
+        "No id, normalised title or normalised body stands in two splits: questions that share one go "
+        "together.",
+        "",
+        "## Licence and attribution",
+        "",
+        "Posts are their authors' work, under the CC BY-SA licence that the column `licence` states per post "
+        f"({_licences(tally.licences)}). Attribution: `https://<site>/q/<id>` and `https://<site>/a/<id>` "
+        "lead to a post, `https://<site>/users/<owner_id>` to its author; keep these columns with every copy "
+        "and every derived text.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _line(site: str, split: str, counts: Mapping[str, int]) -> str:
+    return f"| {site} | {split} | {' | '.join(f'{value:,}' for value in counts.values())} |"
+
+
+def _licences(counts: Counter[str]) -> str:
+    return ", ".join(f"{name}: {count:,} posts" for name, count in sorted(counts.items()))

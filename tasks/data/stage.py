@@ -1,0 +1,190 @@
+"""The stage: read every source, join answers to questions, convert, split, prove, write."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from params.schema import Params
+from tasks.data.alike import cluster, overlaps
+from tasks.data.card import Tally, card_of, metrics_of
+from tasks.data.engine import connect
+from tasks.data.join import asked_by_site, grouped, join
+from tasks.data.parallel import ordered_map
+from tasks.data.posts import read_dump
+from tasks.data.progress import Progress
+from tasks.data.questions import assemble
+from tasks.data.shapes import read_shape
+from tasks.data.shelf import Shelf
+from tasks.data.sources import DumpError, Source, find_sources, site_of
+from tasks.data.split import SPLITS, Homes
+from tasks.data.write import SCHEMA, UNSPLIT, SplitWriter, table_of
+from tasks.run.files import remove, staged
+from tasks.run.layout import Layout, StageResult
+from tasks.run.tracking import log_artifact, log_dataset
+
+Expected = dict[tuple[str, int], tuple[str, str]]  # (site, id) -> (kind, right answer)
+INLINE_CHARACTERS = 16_000_000  # below, other processes would take longer to start than to help
+
+
+def run(params: Params, layout: Layout) -> StageResult:
+    """Dump in, four Parquet files and a card out.
+
+    Returns:
+        Counts of rows, questions, answers and pairs, drops by reason, overlaps between splits (all 0).
+
+    Raises:
+        ValueError: a source is missing, damaged, no dump or without a usable question, or a split comes out
+            empty; what an earlier run wrote stays as it was.
+    """
+    work = layout.scratch("data") / "work"
+    remove(work)  # what a killed run left
+    work.mkdir()
+    try:
+        if params.data.source == "sample":
+            sources, expected, facts = _sample_site(params, work)
+        else:
+            sources, expected, facts = find_sources(params.data.source, layout.root / "data" / "raw"), {}, {}
+        with connect(work, params.machine.threads) as base:
+            metrics = _prepare(sources, expected, params, layout, work, base)
+    finally:
+        remove(work)
+    _remember(params, layout, metrics)
+    metrics |= {f"sample/{key}": float(value) for key, value in facts.items()}
+    return StageResult(metrics)
+
+
+def _prepare(
+    sources: list[Source],
+    expected: Expected,
+    params: Params,
+    layout: Layout,
+    work: Path,
+    base: duckdb.DuckDBPyConnection,
+) -> dict[str, float]:
+    with Shelf(work) as shelf:
+        sites = {s.path: read_shape(s, shelf) if s.is_table else read_dump(s, shelf) for s in sources}
+    processes = params.machine.threads if shelf.characters > INLINE_CHARACTERS else 1
+    drops = join(base, shelf, params.data.min_answers)
+    drops += convert(base, shelf, params.data.min_answers, work / "questions.parquet", processes)
+    _refuse_empty_sources(base, sites, work / "questions.parquet", params.data.min_answers)
+    clusters = cluster(base, work / "questions.parquet", shelf.links)
+    homes = Homes(clusters, {name: getattr(params.data.split, name) for name in SPLITS})
+    tally = Tally()
+    with ExitStack() as outs:  # all are staged before the first takes its place
+        files = {n: outs.enter_context(staged(layout.artifact("data", f"{n}.parquet"))) for n in SPLITS}
+        _write(_routed(work / "questions.parquet", homes), files, tally, expected)
+        _refuse_empty_splits(tally)
+        overlap = overlaps(base, files, processes)
+        assert not any(overlap.values()), f"questions that look alike stand in two splits: {overlap}"
+        metrics = metrics_of(tally, SPLITS, shelf.rows, drops, overlap) | {"moved": float(homes.moved)}
+        card = card_of(tally, SPLITS, metrics, params.data.min_answers)
+        outs.enter_context(staged(layout.artifact("data", "card.md"))).write_text(card, encoding="utf-8")
+    return metrics
+
+
+def _remember(params: Params, layout: Layout, metrics: dict[str, float]) -> None:
+    """The card and the lineage of the four files, for MLflow."""
+    source = params.data.source
+    origin = source if isinstance(source, str) else ", ".join(source)
+    log_artifact(layout.artifact("data", "card.md"))
+    for name in SPLITS:
+        counts = {what: metrics[f"{name}/{what}"] for what in ("questions", "answers", "pairs")}
+        log_dataset(layout.artifact("data", f"{name}.parquet"), name, origin, counts)
+
+
+def convert(
+    base: duckdb.DuckDBPyConnection, shelf: Shelf, min_answers: int, path: Path, processes: int
+) -> Counter[str]:
+    """Write the questions of joined posts to `path`, sorted by (site, id); returns the drops by reason."""
+    drops: Counter[str] = Counter()
+    progress, rows = Progress("converting"), 0
+    with pq.ParquetWriter(path, UNSPLIT, compression="lz4", use_dictionary=["site"]) as writer:
+        work = partial(_converted, min_answers=min_answers)
+        for table, dropped in ordered_map(work, grouped(base, shelf), processes):
+            writer.write_table(table)
+            drops += dropped
+            rows += len(table)
+            progress.add(table.nbytes, rows)
+    progress.done(rows)
+    return drops
+
+
+def _converted(posts: pa.Table, min_answers: int) -> tuple[pa.Table, Counter[str]]:
+    questions, drops = assemble(posts, min_answers)
+    return table_of(questions), drops
+
+
+def _routed(questions: Path, homes: Homes) -> Iterator[tuple[str, pa.Table]]:
+    """(split, some of its questions), in order."""
+    with pq.ParquetFile(questions) as file:
+        for batch in file.iter_batches(4096):
+            table = pa.Table.from_batches([batch])
+            keys = zip(table["site"].to_pylist(), table["id"].to_pylist(), strict=True)
+            names = pa.array([homes.next(*key) for key in keys])
+            for name in SPLITS:
+                yield name, table.filter(pa.compute.equal(names, name))
+
+
+def _write(
+    parts: Iterator[tuple[str, pa.Table]], files: dict[str, Path], tally: Tally, expected: Expected
+) -> None:
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(SplitWriter(path)) for name, path in files.items()}
+        for name, questions in parts:
+            tally.add(name, questions)
+            columns = questions.select(SCHEMA.names)
+            writers[name].write(_with_expected(columns, expected) if name == "eval" else columns)
+
+
+def _refuse_empty_sources(
+    base: duckdb.DuckDBPyConnection, sites: dict[Path, set[str]], questions: Path, least: int
+) -> None:
+    asked = asked_by_site(base)
+    found = base.execute("SELECT DISTINCT site FROM read_parquet($1)", [str(questions)]).fetchall()
+    for path, names in sites.items():
+        if names.isdisjoint(site for (site,) in found):
+            count = sum(asked.get(name, 0) for name in names)
+            raise DumpError(
+                f"{path}: none of its {count} questions has {least} usable answers (data.min_answers)"
+            )
+
+
+def _refuse_empty_splits(tally: Tally) -> None:
+    questions = {name: tally.sum(split=name)["questions"] for name in SPLITS}
+    counts = ", ".join(f"{name} {count}" for name, count in questions.items())
+    for name, count in questions.items():
+        if not count:
+            raise ValueError(f"data.split.{name}: no question fell into it ({counts})")
+
+
+def _sample_site(params: Params, work: Path) -> tuple[list[Source], Expected, dict[str, float]]:
+    """Write the sample site in the official format, for the real reader, where nothing keeps it."""
+    from tasks.data.sample import write_site
+    from tasks.run.devices import derive_seed
+
+    facts = write_site(work, params.data.sample.questions, derive_seed(params.seed, "data", "sample"))
+    print("data: sample site: " + ", ".join(f"{key} {value:g}" for key, value in facts.items()), flush=True)
+    (posts,) = work.glob("*/Posts.xml")
+    site = site_of(posts)
+    rows = map(json.loads, posts.with_name("expected.jsonl").read_text(encoding="utf-8").splitlines())
+    expected = {(site, row["question_id"]): (row["kind"], row["expected"]) for row in rows}
+    return [Source(posts, site)], expected, facts
+
+
+def _with_expected(questions: pa.Table, expected: Expected) -> pa.Table:
+    """The right answers are for policy_eval alone, so they enter the eval split and no other."""
+    keys = zip(questions["site"].to_pylist(), questions["id"].to_pylist(), strict=True)
+    found = [expected.get(key, (None, None)) for key in keys]
+    for place, name in enumerate(("kind", "expected")):
+        column = pa.array([one[place] for one in found], pa.string())
+        questions = questions.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), column)
+    return questions

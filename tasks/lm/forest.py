@@ -1,0 +1,220 @@
+"""The forest: token segments in one row without padding, each with its ancestors in sight and nothing else.
+
+A segment may have a parent whose tokens it sees first (a question), then itself, causally; position ids
+continue from the parent. Documents of an SFT batch are roots; the answers to one question are its children.
+Everything but attention works token by token, so a row of T tokens costs what its tokens cost; attention
+gathers segments of like length into a few dense blocks (a :class:`Block`), computed once per batch and shared
+by every layer.
+
+Registered with transformers as attention function `forest`; a model whose class cannot be served is refused
+by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens of one segment and the index of its parent in the list (−1: a root).
+
+    Example: a question of two tokens with two answers, `[Segment((5, 6)), Segment((7, 1), 0), Segment((8, 9,
+    1), 0)]`.
+    """
+
+    tokens: Sequence[int]
+    parent: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Segments of like length, side by side.
+
+    N segments, Q their longest, K their longest with all ancestors.
+    """
+
+    queries: Tensor  # [n·Q] int64, place in the row; padding repeats a place
+    keys: Tensor  # [n·K] int64
+    shape: tuple[int, int, int]  # n, Q, K
+    sees: Tensor  # [n, 1, Q, K] bool: the key is an ancestor's, or the segment's own and not later
+    real: Tensor  # [tokens of these segments] int64, place in the flattened [n·Q]
+
+    def to(self, device, **_) -> Block:
+        """The same block on another device."""
+        return replace(self, **{k: getattr(self, k).to(device) for k in ("queries", "keys", "sees", "real")})
+
+
+@dataclass(frozen=True, slots=True)
+class Forest:
+    """One row of segments.
+
+    Miniature: for the example of :class:`Segment`, tokens 5 6 7 1 8 9 1, positions 0 1 2 3 2 3 4,
+    starts (0, 2, 4), lengths (2, 2, 3).
+    """
+
+    tokens: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, counted from the root's first token
+    starts: tuple[int, ...]  # first place of each segment
+    lengths: tuple[int, ...]  # tokens of each segment
+    blocks: tuple[Block, ...]
+    order: Tensor  # [T] int64: where each token's output stands in the blocks' concatenated outputs
+
+    def to(self, device, **_) -> Forest:
+        """The same forest on another device (accelerate calls it)."""
+        moved = {k: getattr(self, k).to(device) for k in ("tokens", "positions", "order")}
+        return replace(self, **moved, blocks=tuple(block.to(device) for block in self.blocks))
+
+
+def plant(segments: Sequence[Segment]) -> Forest:
+    """Lay segments in one row, in their order; a parent stands before its children.
+
+    Raises:
+        ValueError: no segment, an empty one, or a parent that does not stand before its child.
+    """
+    if not segments:
+        raise ValueError("a forest needs at least one segment")
+    starts, depths, chains, place = [], [], [], 0
+    for i, segment in enumerate(segments):
+        if not segment.tokens:
+            raise ValueError(f"segment {i} of a forest is empty")
+        if segment.parent >= i:
+            raise ValueError(f"segment {i} of a forest stands before its parent {segment.parent}")
+        up = segment.parent
+        starts.append(place)
+        depths.append(0 if up < 0 else depths[up] + len(segments[up].tokens))
+        chains.append([i] if up < 0 else [*chains[up], i])  # ancestors first, itself last
+        place += len(segment.tokens)
+    lengths = [len(s.tokens) for s in segments]
+    blocks, outputs = [], torch.empty(place, dtype=torch.long)
+    base = 0
+    for members in _alike(lengths, depths):
+        block, places = _block(members, chains, starts, lengths)
+        outputs[places] = torch.arange(base, base + len(places))
+        base += len(places)
+        blocks.append(block)
+    return Forest(
+        tokens=torch.tensor([t for s in segments for t in s.tokens]),
+        positions=torch.cat([torch.arange(d, d + n) for d, n in zip(depths, lengths, strict=True)]),
+        starts=tuple(starts),
+        lengths=tuple(lengths),
+        blocks=tuple(blocks),
+        order=outputs,
+    )
+
+
+def _alike(lengths: Sequence[int], depths: Sequence[int]) -> list[list[int]]:
+    """Segments whose own and whole lengths lie in the same steps of √2 to 2: bounded waste, few blocks."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, (n, depth) in enumerate(zip(lengths, depths, strict=True)):
+        groups.setdefault((_step(n), _step(n + depth)), []).append(i)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _step(n: int) -> int:
+    return 5 if n <= 32 else n.bit_length() * 2 + (n >> (n.bit_length() - 2) & 1)
+
+
+def _block(members, chains, starts, lengths) -> tuple[Block, Tensor]:
+    keys = [torch.cat([torch.arange(starts[c], starts[c] + lengths[c]) for c in chains[i]]) for i in members]
+    own = torch.tensor([lengths[i] for i in members])
+    whole = torch.tensor([len(k) for k in keys])
+    n, q, k = len(members), int(own.max()), int(whole.max())
+    column = torch.arange(q)
+    is_real = column < own[:, None]  # [n, Q]
+    first = torch.tensor([starts[i] for i in members])[:, None]
+    queries = torch.where(is_real, first + column, first)
+    # query j of a segment stands at place (whole − own + j) of its own keys; padding keys come after them all
+    sees = torch.arange(k) <= (whole - own)[:, None, None] + column[:, None]
+    padded = torch.nn.utils.rnn.pad_sequence(keys, batch_first=True, padding_value=0)
+    real = is_real.flatten().nonzero()[:, 0]
+    return Block(queries.flatten(), padded.flatten(), (n, q, k), sees[:, None], real), queries.flatten()[real]
+
+
+def forest_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, forest=None, **keys
+):
+    """Attention over a forest; without one, plain SDPA. query [1, heads, T, D] -> [1, T, heads, D].
+
+    Raises:
+        ValueError: the model uses a sliding window, or several rows at once.
+    """
+    if forest is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keys
+        )
+    if keys.get("sliding_window") is not None and keys["sliding_window"] < max(
+        b.shape[2] for b in forest.blocks
+    ):
+        raise ValueError(f"{type(module).__name__} uses a sliding window, which a forest does not serve")
+    if query.shape[0] != 1:
+        raise ValueError(f"a forest is one row; {query.shape[0]} rows came")
+    groups = getattr(module, "num_key_value_groups", 1)
+    q, k, v = (
+        x[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))
+    )  # [T, heads, D]
+    outputs = []
+    for block in forest.blocks:
+        n, rows, columns = block.shape
+        qb = q.index_select(0, block.queries).view(n, rows, *q.shape[1:]).transpose(1, 2)
+        kb, vb = (
+            x.index_select(0, block.keys).view(n, columns, *x.shape[1:]).transpose(1, 2) for x in (k, v)
+        )
+        out = functional.scaled_dot_product_attention(
+            qb, kb, vb, block.sees, dropout_p=dropout, scale=scaling
+        )
+        outputs.append(out.transpose(1, 2).reshape(n * rows, *v.shape[1:]).index_select(0, block.real))
+    module.forest_calls = getattr(module, "forest_calls", 0) + 1
+    return torch.cat(outputs).index_select(0, forest.order)[None], None
+
+
+AttentionInterface.register("forest", forest_attention)
+AttentionMaskInterface.register("forest", sdpa_mask)  # padding masks stay right outside the forest
+
+
+def enable_forest(model) -> None:
+    """Route the model's attention through :func:`forest_attention`.
+
+    Raises:
+        ValueError: the model's class looks its attention up elsewhere (GPT-J, Bloom): refused by name.
+    """
+    model.set_attn_implementation("forest")
+    if model.config._attn_implementation != "forest":
+        raise ValueError(f"{type(model).__name__} cannot be served by the forest attention")
+
+
+def run_forest(model, forest: Forest, **keys):
+    """One forward over a forest; `keys` go to the model (for example `logits_to_keep`).
+
+    Raises:
+        ValueError: a layer did not call the forest attention (recurrent and convolutional layers see across
+        segments; the numbers would be wrong in silence).
+    """
+    before = _calls(model)
+    out = model(
+        input_ids=forest.tokens[None],
+        position_ids=forest.positions[None],
+        attention_mask=torch.empty(
+            1, 1, 0, 0, device=forest.tokens.device
+        ),  # any 4-D mask is handed on as it is
+        forest=forest,
+        use_cache=False,
+        **keys,
+    )
+    called, layers = _calls(model) - before, model.config.get_text_config().num_hidden_layers
+    if called != layers:
+        name = type(model).__name__
+        raise ValueError(f"{name} calls the forest attention in {called} of its {layers} layers")
+    return out
+
+
+def _calls(model) -> int:
+    return sum(getattr(m, "forest_calls", 0) for m in model.modules())

@@ -1,0 +1,128 @@
+"""Models and tokenizers: from the Hub, from a folder, or made from a configuration. safetensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+PAD, EOS = "<|pad|>", "<|eos|>"
+
+
+def load_tokenizer(base: str | Path, revision: str = "main"):
+    """A tokenizer with an eos and a pad token that differ.
+
+    A missing pad token becomes unk or bos where one of these differs from eos; otherwise `<|pad|>` is added
+    (the model's embeddings must then grow: see :func:`fit_embeddings`).
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded, or has no eos token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(base), revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.base: no tokenizer in {base}: {_one_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.base: the tokenizer of {base} has no eos token")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        spare = (t for t in (tokenizer.unk_token, tokenizer.bos_token) if t and t != tokenizer.eos_token)
+        pad = next(spare, None)
+        tokenizer.add_special_tokens({"pad_token": pad or PAD})
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens, with `<|pad|>` = 0 and `<|eos|>` = 1.
+
+    Texts that hold too little to learn that many give fewer; a model is made to fit the tokenizer.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def load_causal(base: str | Path, revision: str = "main"):
+    """A causal language model with float32 weights.
+
+    Raises:
+        ValueError: the folder or repository has no configuration or no safetensors weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, base, revision=revision)
+
+
+def load_reward(folder: str | Path):
+    """A sequence-classification model with one label, float32; a causal model gets a fresh score head.
+
+    Raises:
+        ValueError: as :func:`load_causal`.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    return _load(AutoModelForSequenceClassification, folder, num_labels=1)
+
+
+def create_causal(config: dict, tokenizer):
+    """A causal language model made from nothing; `config` holds transformers' keys and `model_type`.
+
+    Raises:
+        ValueError: transformers does not know the model type, or refuses the configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    keys = dict(config)
+    kind = keys.pop("model_type")
+    keys |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    keys |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    try:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **keys))
+    except Exception as error:  # validation differs by model type
+        raise ValueError(f"model.config: transformers refuses it: {_one_line(error)}") from error
+
+
+def fit_embeddings(model, tokenizer) -> None:
+    """Grow the embeddings to the tokenizer, and tell the model its pad and eos."""
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """A plain transformers folder holding its tokenizer (write it into a staged path)."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _load(auto, base: str | Path, **keys):
+    import torch
+    from safetensors import SafetensorError
+
+    folder = Path(base)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise ValueError(f"model.base: the folder {base} holds no *.safetensors weights")
+    try:
+        return auto.from_pretrained(str(base), dtype=torch.float32, use_safetensors=True, **keys)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:  # the last: a truncated file
+        raise ValueError(f"model.base: cannot load {base}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    # transformers lists all its model types, or says what is wrong on the second line
+    return " ".join(str(error).split())[:240] or type(error).__name__

@@ -1,0 +1,84 @@
+"""Optimizers: AdamW, or Muon for the matrices inside the model and AdamW for the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+BETAS = (0.9, 0.95)
+
+
+class MuonAdamW(Optimizer):
+    """Muon (Jordan et al. 2024) for hidden matrices, AdamW for embeddings, heads, norms and biases.
+
+    Both take the same learning rate: Muon's update is scaled to AdamW's root mean square (arXiv 2502.16982,
+    eq. 4). The groups of the two are this optimizer's groups, so that a scheduler sees one optimizer.
+    """
+
+    def __init__(
+        self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, weight_decay: float
+    ) -> None:
+        keys = {"lr": lr, "weight_decay": weight_decay}
+        self.parts: tuple[Optimizer, Optimizer] = (
+            Muon(matrices, adjust_lr_fn="match_rms_adamw", **keys),
+            AdamW(others, betas=BETAS, **keys),
+        )
+        super().__init__([*matrices, *others], keys)
+        self._link()
+
+    def _link(self) -> None:
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure=None) -> None:
+        """One update of both."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of both."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both, under `muon` and `adamw`."""
+        return {"muon": self.parts[0].state_dict(), "adamw": self.parts[1].state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
+            part.load_state_dict(state_dict[name])
+        self._link()
+
+
+def make_optimizer(model: nn.Module, name: str, learning_rate: float, weight_decay: float) -> Optimizer:
+    """`adamw` or `muon` over the trainable parameters; norms and biases do not decay under AdamW."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if name == "muon":
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]  # of positions too
+        outer = {id(p) for module in (*tables, *_heads(model)) for p in module.parameters()}
+        matrices = [p for _, p in named if p.ndim == 2 and id(p) not in outer]
+        inner = {id(p) for p in matrices}
+        return MuonAdamW(matrices, [p for _, p in named if id(p) not in inner], learning_rate, weight_decay)
+    groups = [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=BETAS)
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    heads = (getattr(model, name, None) for name in ("lm_head", "score", "classifier"))
+    return [head for head in heads if isinstance(head, nn.Module)]
+
+
+class NamedOptimizer:
+    """A mixin before transformers' Trainer whose `args.optimizer` is `adamw` or `muon`."""
+
+    def create_optimizer(self, model=None) -> Optimizer:
+        """The optimizer that `args` name, over the trainable parameters."""
+        if self.optimizer is None:
+            args = self.args
+            self.optimizer = make_optimizer(self.model, args.optimizer, args.learning_rate, args.weight_decay)
+        return self.optimizer

@@ -1,0 +1,130 @@
+"""RewardTrainer: a question once, its answers as children, every pair with different scores in the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments
+
+from tasks.lm.forest import Forest, Segment, enable_forest, plant
+from tasks.lm.optimizer import NamedOptimizer
+from tasks.lm.precision import autocast
+from tasks.lm.scoring import ends_of, forest_scores
+from tasks.run.trainer import SafeCheckpoints
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedAnswers:
+    """A prompt, its responses, and pairs (better, worse).
+
+    `GroupedAnswers((5, 6), ((7, 1), (8, 1)), ((1, 0),))`.
+    """
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+    pairs: tuple[tuple[int, int], ...]
+
+
+@dataclass
+class RewardConfig(TrainingArguments):
+    """`transformers.TrainingArguments`; a batch counts questions."""
+
+    optimizer: str = field(default="adamw", metadata={"help": "adamw or muon (tasks.lm.optimizer)"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "groups are records, not columns"})
+    report_to: str | list[str] | None = field(default="none")
+
+
+def pair_loss(better: Tensor, worse: Tensor) -> Tensor:
+    """Negative log-likelihood of each preference under Bradley-Terry (arXiv 1706.03741, eq. 1).
+
+    [P], [P] -> [P], nats.
+    """
+    return -functional.logsigmoid(better - worse)
+
+
+def collate(groups: Sequence[GroupedAnswers]) -> dict[str, Forest | Tensor]:
+    """Groups -> one forest with the places where scores are read, and the pairs among them.
+
+    Returns:
+        forest; `ends` [A] places of the answers' last tokens; `pairs` [P, 2] (better, worse) into the
+        answers; `labels` [P] zeros: the first of each pair is the better one.
+    """
+    segments, answers, pairs = [], [], []
+    for group in groups:
+        root, first = len(segments), len(answers)
+        segments.append(Segment(group.prompt))
+        for response in group.responses:
+            answers.append(len(segments))
+            segments.append(Segment(response, root))
+        pairs += [(first + better, first + worse) for better, worse in group.pairs]
+    forest = plant(segments)
+    return {
+        "forest": forest,
+        "ends": ends_of(forest, answers),
+        "pairs": torch.tensor(pairs),
+        "labels": torch.zeros(len(pairs)),
+    }
+
+
+class RewardTrainer(NamedOptimizer, SafeCheckpoints, Trainer):
+    """A light subclass of transformers.Trainer over a sequence-classification model with one label.
+
+    Args are Trainer's; `train_dataset` and `eval_dataset` are sequences of :class:`GroupedAnswers`. Every
+    pair weighs the same. Dropout must be off for the shared question to be exact.
+    """
+
+    def __init__(self, model, args: RewardConfig, train_dataset: Sequence[GroupedAnswers], **keys) -> None:
+        enable_forest(model)
+        keys.setdefault("data_collator", collate)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **keys)
+        self.tokens_seen = 0
+        self.model_accepts_loss_kwargs = True  # the loss below divides by the pairs of the whole batch
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean pairwise logistic loss over the pairs of the whole batch, nats."""
+        better, worse = self.score_pairs(model, inputs)
+        loss = pair_loss(better, worse).sum() / (
+            len(better) if num_items_in_batch is None else num_items_in_batch
+        )
+        self.tokens_seen += len(inputs["forest"].tokens)
+        return (loss, {"margins": better - worse}) if return_outputs else loss
+
+    def score_pairs(self, model, inputs) -> tuple[Tensor, Tensor]:
+        """Scores of the better and of the worse answer of each pair, [P] and [P]."""
+        scores = self.scores(model, inputs)
+        return scores[inputs["pairs"][:, 0]], scores[inputs["pairs"][:, 1]]
+
+    def scores(self, model, inputs) -> Tensor:
+        """Scores of all answers of a batch, [A]."""
+        with autocast(self.args.device, "bfloat16" if self.args.bf16 else "float32"):
+            return forest_scores(model, inputs["forest"], inputs["ends"])
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss (nats) and accuracy over the held-out pairs, a tie counted as wrong.
+
+        Mean and deviation of the scores.
+        """
+        self.model.eval()
+        margins, scores = [], []
+        for batch in self.get_eval_dataloader(eval_dataset):
+            batch = self._prepare_inputs(batch)
+            found = self.scores(self.model, batch)
+            scores.append(found)
+            margins.append(found[batch["pairs"][:, 0]] - found[batch["pairs"][:, 1]])
+        margin, score = torch.cat(margins), torch.cat(scores)
+        found = {
+            "loss": pair_loss(margin, torch.zeros_like(margin)).mean().item(),
+            "accuracy": (margin > 0).float().mean().item(),
+            "score_mean": score.mean().item(),
+            "score_std": score.std(correction=0).item(),
+        }
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
+        self.log(metrics)
+        return metrics

@@ -1,0 +1,1 @@
+"""What surrounds any training: folders, checkpoints, tracking, seeds, devices. Knows no parameter section."""

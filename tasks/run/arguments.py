@@ -1,0 +1,59 @@
+"""What sft and reward tell transformers' Trainer, from plain values."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from tasks.run.devices import microbatch_rows
+
+
+def training_arguments(
+    folder: Path,
+    *,
+    examples: int,
+    batch: int,
+    epochs: float,
+    microbatch: int,
+    warmup_share: float,
+    dtype: str,
+    device: str,
+    seed: int,
+    checkpoint_steps: int,
+    **more: Any,
+) -> dict[str, Any]:
+    """Keyword arguments of a TrainingArguments.
+
+    Args:
+        folder: where checkpoints go.
+        examples: training examples (packed rows, questions).
+        batch: examples per optimizer step.
+        epochs: passes over the examples.
+        microbatch: most examples in one forward; changes nothing but memory.
+        warmup_share: share of the steps that warm the learning rate up.
+        dtype: `float32` or `bfloat16`.
+        device: `cpu` or `cuda`.
+        seed: of the order of examples.
+        checkpoint_steps: optimizer steps between two checkpoints.
+        more: handed on as they are.
+    """
+    steps = max(1, math.ceil(examples / batch * epochs))
+    rows = microbatch_rows(batch, microbatch)
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
+        "gradient_accumulation_steps": batch // rows,
+        "warmup_steps": round(warmup_share * steps),
+        "lr_scheduler_type": "cosine",
+        "bf16": dtype == "bfloat16",
+        "use_cpu": device == "cpu",
+        "seed": seed % 2**32,
+        "logging_steps": max(1, steps // 100),
+        "save_steps": checkpoint_steps,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **more,
+    }

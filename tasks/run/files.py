@@ -1,0 +1,75 @@
+"""Outs are never written in place: staged beside, made durable, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """A path beside `final` (not created, same suffix) which takes its place when the block ends well.
+
+    The block writes a file or a folder there. Whatever stood at `final` stays until then, and stays for good
+    when the block raises. Files and folders are on disk before the rename, and the rename before the return.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    new, old = final.with_name(f".staged-{final.name}"), final.with_name(f".replaced-{final.name}")
+    _recover(final, new, old)
+    try:
+        yield new
+        _sync_tree(new)
+    except BaseException:
+        remove(new)
+        raise
+    if os.path.lexists(final) and (final.is_dir() or new.is_dir()):
+        os.rename(final, old)  # rename replaces a file by a file and no more
+    os.replace(new, final)
+    _sync(final.parent)
+    remove(old)
+
+
+def write_json(final: Path, value: Any) -> None:
+    """Stage `value` as JSON, keys sorted, newline at the end; ValueError for nan and infinities."""
+    try:
+        text = json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False)
+    except ValueError as error:
+        raise ValueError(f"{final}: {error}") from None
+    with staged(final) as path:
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _recover(final: Path, new: Path, old: Path) -> None:
+    """Undo what a killed process left: half a new one, or an old one moved aside."""
+    remove(new)
+    if os.path.lexists(old) and not os.path.lexists(final):
+        os.rename(old, final)
+    remove(old)
+
+
+def _sync_tree(path: Path) -> None:
+    if path.is_dir():
+        for entry in path.iterdir():
+            _sync_tree(entry)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

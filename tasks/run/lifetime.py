@@ -1,0 +1,117 @@
+"""One process per stage, which ends when its parent ends and stops in good order when it is told to."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from tasks.run.layout import Layout
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was told to stop: SIGINT or SIGTERM. Unwinding writes the checkpoint and closes the run.
+
+    Attributes:
+        status: the exit status that a shell expects, 128 + the signal's number: 130 or 143.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+def tie_to_parent() -> None:
+    """Receive SIGTERM when the parent ends, however it ends: a trainer never outlives dvc. Linux only.
+
+    DVC runs a stage through a shell; where that stays between the two, dvc itself is watched as well.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent or (parent == 1 and not _runs(1, b"dvc", b"python", b"python3")):
+        os.kill(os.getpid(), signal.SIGTERM)  # it ended before we could ask for that
+    above = _parent_of(parent)
+    if not _runs(parent, b"dvc") and _runs(above, b"dvc"):
+        threading.Thread(target=_end_with, args=(above,), daemon=True).start()
+
+
+def _end_with(dvc: int) -> None:
+    while _runs(dvc, b"dvc"):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _parent_of(pid: int) -> int:
+    """The parent of a process; 0 where it has none or is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _runs(pid: int, *programs: bytes) -> bool:
+    """Whether a process runs one of the programs, as `dvc …` or `python -m dvc …`; a zombie runs nothing."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(os.path.basename(word) in programs for word in words)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Raise `Stopped` on SIGINT and SIGTERM within the block.
+
+    The first signal decides. A later SIGTERM is ignored, because whoever ends a group of processes sends
+    several while the first one's checkpoint is still being written; a later Ctrl-C raises again. Outside the
+    main thread, where Python allows no handlers, the block runs as it is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+@contextmanager
+def stage_lock(layout: Layout, stage: str) -> Iterator[None]:
+    """Be the only process that runs `stage`; the kernel lets go when the process ends, however it ends.
+
+    Raises:
+        ValueError: another process runs it; the message names the stage and the process.
+    """
+    path = layout.home / "scratch" / f"{stage}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise ValueError(f"stage {stage} is running already, in process {holder}") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

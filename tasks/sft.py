@@ -1,0 +1,186 @@
+"""Packed rows -> policy: supervised fine-tuning, every document a root of the forest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from pyarrow import parquet
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments
+
+from params.schema import Params
+from tasks.lm.forest import Forest, Segment, enable_forest, plant, run_forest
+from tasks.lm.loading import create_causal, fit_embeddings, load_causal, load_tokenizer, save_model
+from tasks.lm.optimizer import NamedOptimizer
+from tasks.lm.precision import autocast
+from tasks.run.arguments import training_arguments
+from tasks.run.curve import Curve, plot
+from tasks.run.devices import derive_seed, seed_everything, use_device
+from tasks.run.files import staged
+from tasks.run.follow import follow
+from tasks.run.layout import Layout, StageResult
+from tasks.run.tracking import log_artifact
+from tasks.run.trainer import SafeCheckpoints
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """Documents one after another.
+
+    Miniature: `PackedRow((5, 6, 1, 7, 1), (3, 2), (2, 1))` holds two documents, of 3 and 2 tokens, whose
+    prompts take the first 2 and the first 1.
+    """
+
+    tokens: tuple[int, ...]
+    lengths: tuple[int, ...]  # tokens of each document
+    prompts: tuple[int, ...]  # tokens of each document's prompt; 0: there is none
+
+    def documents(self) -> list[tuple[int, ...]]:
+        """The documents of the row."""
+        ends = [sum(self.lengths[: i + 1]) for i in range(len(self.lengths))]
+        return [self.tokens[e - n : e] for e, n in zip(ends, self.lengths, strict=True)]
+
+
+@dataclass
+class SFTConfig(TrainingArguments):
+    """`transformers.TrainingArguments`; a batch counts packed rows."""
+
+    loss_on: str = field(
+        default="all", metadata={"help": "all: every token; response: what follows the prompt"}
+    )
+    optimizer: str = field(default="adamw", metadata={"help": "adamw or muon (tasks.lm.optimizer)"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "rows are records, not columns"})
+    report_to: str | list[str] | None = field(default="none")
+
+
+def collate(rows: Sequence[PackedRow], loss_on: str = "all") -> dict[str, Forest | torch.Tensor]:
+    """Rows -> one forest, the places that predict a wanted token of their own document, and those tokens.
+
+    Returns:
+        forest; `predicts` [N] places in the row; `labels` [N] the tokens predicted there. The first token of
+        a document is predicted by nothing; with `loss_on="response"` nor are those of a prompt.
+    """
+    forest = plant([Segment(d) for row in rows for d in row.documents()])
+    skipped = [max(1, n) if loss_on == "response" else 1 for row in rows for n in row.prompts]
+    targets = torch.cat(
+        [torch.arange(s + k, s + n) for s, n, k in zip(forest.starts, forest.lengths, skipped, strict=True)]
+    )
+    return {"forest": forest, "predicts": targets - 1, "labels": forest.tokens[targets]}
+
+
+class SFTTrainer(NamedOptimizer, SafeCheckpoints, Trainer):
+    """A light subclass of transformers.Trainer for packed rows.
+
+    Args are Trainer's; `train_dataset` and `eval_dataset` are sequences of :class:`PackedRow`.
+    """
+
+    def __init__(self, model, args: SFTConfig, train_dataset: Sequence[PackedRow], **keys) -> None:
+        enable_forest(model)
+        keys.setdefault("data_collator", partial(collate, loss_on=args.loss_on))
+        super().__init__(model=model, args=args, train_dataset=train_dataset, **keys)
+        self.tokens_seen = 0
+        self.model_accepts_loss_kwargs = True  # the loss below divides by the tokens of the whole batch
+        self._loss_shifts_labels = False  # and ours are aligned already: every label counts
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean negative log-likelihood per predicted token of the whole batch, nats."""
+        logits = self._logits(model, inputs)
+        labels = inputs["labels"]
+        total = functional.cross_entropy(logits.float(), labels, reduction="sum")
+        loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        self.tokens_seen += len(inputs["forest"].tokens)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _logits(self, model, inputs) -> torch.Tensor:
+        with autocast(self.args.device, "bfloat16" if self.args.bf16 else "float32"):
+            return run_forest(model, inputs["forest"], logits_to_keep=inputs["predicts"]).logits[0]
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss (nats), perplexity and token accuracy per predicted token of the held-out documents."""
+        self.model.eval()
+        loss, right, tokens = 0.0, 0, 0
+        for batch in self.get_eval_dataloader(eval_dataset):
+            batch = self._prepare_inputs(batch)
+            logits, labels = self._logits(self.model, batch).float(), batch["labels"]
+            loss += functional.cross_entropy(logits, labels, reduction="sum").item()
+            right += (logits.argmax(-1) == labels).sum().item()
+            tokens += len(labels)
+        found = {
+            "loss": loss / tokens,
+            "perplexity": math.exp(loss / tokens),
+            "token_accuracy": right / tokens,
+        }
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
+        self.log(metrics)
+        return metrics
+
+
+def read_rows(layout: Layout) -> tuple[list[PackedRow], list[PackedRow]]:
+    """Training rows and validation rows; without validation documents the training rows serve for both."""
+    table = parquet.read_table(layout.artifact("pack", "rows", "sft.parquet")).to_pylist()
+    rows = {
+        held: [
+            PackedRow(*(tuple(r[k]) for k in ("tokens", "lengths", "prompts")))
+            for r in table
+            if r["is_validation"] is held
+        ]
+        for held in (False, True)
+    }
+    return rows[False], rows[True] or rows[False]
+
+
+def run(params: Params, layout: Layout) -> StageResult:
+    """The stage.
+
+    Raises:
+        ValueError: a base model without weights, no training row.
+    """
+    sft, machine = params.sft, params.machine
+    device = use_device(machine.device, machine.threads)
+    seed = derive_seed(params.seed, "sft", "train")
+    seed_everything(seed)
+    tokenizer = load_tokenizer(layout.artifact("pack", "tokenizer"))
+    if params.model.base:
+        model = load_causal(params.model.base, params.model.revision)
+    else:
+        model = create_causal(params.model.config.model_dump(exclude={"vocab_size"}), tokenizer)
+    fit_embeddings(model, tokenizer)
+    train, held = read_rows(layout)
+    if not train:
+        raise ValueError("sft: artifacts/pack/rows holds no training row")
+    given = sft.model_dump(exclude={"batch_rows"})
+    arguments = training_arguments(
+        layout.scratch("sft"),
+        examples=len(train),
+        batch=sft.batch_rows,
+        microbatch=machine.microbatch_rows,
+        device=device.type,
+        seed=seed,
+        checkpoint_steps=machine.checkpoint_steps,
+        **given,
+    )
+    config = SFTConfig(**arguments)
+    trainer = SFTTrainer(model, config, train, eval_dataset=held, processing_class=tokenizer)
+    follow(trainer, "sft")
+    trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
+    metrics = trainer.evaluate()
+    with staged(layout.artifact("sft", "model")) as folder:
+        save_model(model, tokenizer, folder)
+    curve = Curve.of_log(trainer.state.log_history, ("loss", "learning_rate", "grad_norm"))
+    curve.write(layout.artifact("sft", "curve.csv"))
+    log_artifact(plot(layout.home / "reports/sft/loss.png", curve, ["loss"], "SFT loss, nats per token"))
+    parameters = sum(p.numel() for p in model.parameters())
+    return StageResult(
+        {
+            "steps": config.max_steps,
+            "parameters": parameters,
+            **{k.removeprefix("eval_"): v for k, v in metrics.items()},
+        }
+    )

@@ -1,0 +1,100 @@
+"""Padded prompts and responses, and the log-probabilities of their tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from tasks.lm.logprobs import token_logprobs
+from tasks.lm.sequences import Sequences, lay_out, left_pad, positions_of, response_logprobs
+
+T, F = True, False
+
+
+def test_lay_out_by_hand():
+    found = lay_out([[5, 6], [7]], [[8, 1], [9]], 0, "cpu")
+    assert found.tokens.tolist() == [[5, 6, 8, 1], [0, 7, 9, 0]]
+    assert found.is_real.tolist() == [[T, T, T, T], [F, T, T, F]]
+    assert found.is_response.tolist() == [[T, T], [T, F]]
+    assert found.responses.tolist() == [[8, 1], [9, 0]]
+    some = found.rows(torch.tensor([1]))
+    assert some.tokens.tolist() == [[0, 7, 9, 0]] and some.is_response.tolist() == [[T, F]]
+
+
+def test_left_pad_by_hand():
+    tokens, real = left_pad([[1, 2, 3], [4]], 9)
+    assert tokens.tolist() == [[1, 2, 3], [9, 9, 4]] and real.tolist() == [[T, T, T], [F, F, T]]
+
+
+def test_positions_by_hand():
+    real = torch.tensor([[F, F, T, T, T, F], [T, T, F, T, F, F]])
+    assert positions_of(real).tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 1, 2, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "message"),
+    [([[5], []], [[6], [7]], "prompt 1 is empty"), ([[5], [6]], [[], [7]], "response 0 is empty")],
+)
+def test_an_empty_row_is_named(prompts, responses, message):
+    with pytest.raises(ValueError, match=message):
+        lay_out(prompts, responses, 0, "cpu")
+
+
+def alone(model, prompt, response, temperature):
+    """Log-probabilities of one unpadded response, by the definition."""
+    logits = model(torch.tensor([[*prompt, *response]])).logits[0] / temperature
+    chosen = [logits[len(prompt) - 1 + t, token] for t, token in enumerate(response)]
+    totals = [logits[len(prompt) - 1 + t].double().exp().sum().log() for t in range(len(response))]
+    return torch.stack(chosen) - torch.stack(totals).float()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@torch.no_grad()
+def test_padded_is_unpadded(kind, temperature):
+    """GPT-2 and OPT have absolute positions: without position ids the left padding would shift them."""
+    model = tiny.causal(kind)
+    prompts, responses = tiny.drawn((4, 9, 1), 1), tiny.drawn((5, 1, 3), 2)
+    found = response_logprobs(model, lay_out(prompts, responses, tiny.PAD, "cpu"), temperature)
+    assert found.shape == (3, 5) and found.dtype == torch.float32
+    for row, prompt, response in zip(found, prompts, responses, strict=True):
+        assert tiny.far(row[: len(response)], alone(model, prompt, response, temperature)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@torch.no_grad()
+def test_more_padding_and_other_padding_change_nothing(kind):
+    model, own = tiny.causal(kind), lay_out(tiny.drawn((4, 6)), tiny.drawn((5, 2), 1), tiny.PAD, "cpu")
+    wanted = response_logprobs(model, own, 1.0) * own.is_response
+    for junk in (tiny.PAD, 17):
+        two = torch.full((2, 2), junk)
+        none = torch.zeros(2, 2, dtype=torch.bool)
+        wide = Sequences(
+            torch.where(torch.cat([none, own.is_real, none], 1), torch.cat([two, own.tokens, two], 1), junk),
+            torch.cat([none, own.is_real, none], 1),
+            torch.cat([own.is_response, none], 1),
+        )
+        found = response_logprobs(model, wide, 1.0) * wide.is_response
+        assert tiny.far(found[:, :5], wanted) <= 1e-5 and not found[:, 5:].any()
+
+
+def test_logprobs_and_entropy_by_hand():
+    """Odds 1 : 3 -> p = 1/4, 3/4; at temperature 1/2 the odds are 1 : 9; equal odds of four have ln 4."""
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
+    logp, entropy = token_logprobs(logits, torch.tensor([0, 1]))
+    assert logp.tolist() == pytest.approx([math.log(1 / 4), math.log(3 / 4)])
+    assert entropy.tolist() == pytest.approx([0.25 * math.log(4) + 0.75 * math.log(4 / 3)] * 2)
+    assert token_logprobs(logits, torch.tensor([0, 1]), 0.5)[0].tolist() == pytest.approx(
+        [math.log(0.1), math.log(0.9)]
+    )
+    assert token_logprobs(torch.zeros(1, 4), torch.tensor([2]))[1].item() == pytest.approx(math.log(4))
+
+
+def test_logprobs_are_float32_whatever_the_logits():
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logp, entropy = token_logprobs(logits, torch.tensor([0, 1, 2]))
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert tiny.far(logp, logits.float().log_softmax(-1)[range(3), range(3)]) == 0

@@ -1,0 +1,234 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from params.__main__ import PRESETS, main, presets
+from params.load import read
+from params.schema import Params
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A repository's folder, with the two folders of links and their .gitignore."""
+    root = tmp_path / "project"
+    for folder in ("data/raw", "data/base"):
+        (root / folder).mkdir(parents=True)
+        (root / folder / ".gitignore").write_text("*\n")
+    (root / "dvc.yaml").write_text("stages: {}\n")
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest.fixture
+def dumps(tmp_path) -> Path:
+    folder = tmp_path / "dumps"
+    (folder / "unix.example").mkdir(parents=True)
+    wanted = ("art.example.7z", "zoo.example.Posts.xml.xz", "unix.example/Posts.xml", "so.example-Posts.7z")
+    for name in (*wanted, "readme.txt", "unix.example/Users.xml", "so.example-Users.7z", ".hidden.7z"):
+        (folder / name).write_text(name)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "pytorch_model.bin", "a.py"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def links(folder: str) -> dict[str, str]:
+    """Name -> target of what is in the folder; .gitignore is always there."""
+    assert (Path(folder) / ".gitignore").read_text() == "*\n"
+    return {path.name: os.readlink(path) for path in Path(folder).iterdir() if path.is_symlink()}
+
+
+def state() -> dict[str, str]:
+    """Everything that a command may touch."""
+    paths = [path for path in Path.cwd().rglob("*") if not path.is_dir()]
+    return {str(path): os.readlink(path) if path.is_symlink() else path.read_text() for path in paths}
+
+
+def test_use_sample(project, capsys):
+    assert main(["use", "sample"]) == 0
+    assert capsys.readouterr().out == "params.yaml: preset sample\n"
+    assert read() == Params()
+    assert main(["check"]) == 0
+    assert capsys.readouterr().out == "params.yaml: ok\n"
+
+
+def test_settings(project):
+    assert main(["use", "sample", "sft.learning_rate=1e-5", "seed=7", "reward_eval.enforce=false"]) == 0
+    params = read()
+    assert (params.sft.learning_rate, params.seed, params.reward_eval.enforce) == (1e-5, 7, False)
+    usual = {"seed": 0, "sft": Params().sft, "reward_eval": Params().reward_eval}
+    assert params.model_copy(update=usual) == Params()
+    command = "python -m params use sample sft.learning_rate=1e-5 seed=7 reward_eval.enforce=false"
+    assert Path("params.yaml").read_text().startswith(f"# Written by `{command}`.\n")
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_presets_are_complete_runs(project, dumps, preset):
+    assert main(["use", preset, f"data.source={dumps / 'art.example.7z'}"]) == 0
+    assert read().data.source == ("art.example.7z",)
+    assert main(["check"]) == 0
+    assert (PRESETS / f"{preset}.yaml").read_text().startswith("# ")
+
+
+def test_paths_become_links(project, dumps, monkeypatch):
+    monkeypatch.chdir(dumps)
+    relative = os.path.relpath(dumps / "unix.example", project)
+    monkeypatch.chdir(project)
+    value = f"{dumps / 'zoo.example.Posts.xml.xz'}, {relative}/Posts.xml"
+    assert main(["use", "stack_exchange", f"data.source={value}"]) == 0
+    assert read().data.source == ("unix.example.Posts.xml", "zoo.example.Posts.xml.xz")
+    assert links("data/raw") == {
+        "zoo.example.Posts.xml.xz": str(dumps / "zoo.example.Posts.xml.xz"),
+        "unix.example.Posts.xml": str(dumps / "unix.example" / "Posts.xml"),
+    }
+    assert str(dumps) not in Path("params.yaml").read_text()
+
+
+def test_a_folder_means_the_dumps_in_it(project, dumps):
+    assert main(["use", "stack_exchange", f"data.source={dumps}"]) == 0
+    names = ["art.example.7z", "so.example-Posts.7z", "unix.example.Posts.xml", "zoo.example.Posts.xml.xz"]
+    assert read().data.source == tuple(names)
+    assert sorted(links("data/raw")) == names
+
+
+def test_links_of_posts_come_with_them(project, dumps):
+    for name in ("unix.example/PostLinks.xml", "so.example-PostLinks.7z", "lonely.example.PostLinks.xml"):
+        (dumps / name).write_text(name)
+    assert main(["use", "stack_exchange", f"data.source={dumps}"]) == 0
+    extra = ["so.example-PostLinks.7z", "unix.example.PostLinks.xml"]
+    names = ["art.example.7z", "so.example-Posts.7z", "unix.example.Posts.xml", "zoo.example.Posts.xml.xz"]
+    assert read().data.source == tuple(sorted([*names, *extra]))
+    assert main(["check"]) == 0
+
+
+def test_preference_data_and_names_on_the_hub(project, dumps):
+    for name in ("mine.jsonl", "mine2.jsonl.gz", "mine3.parquet"):
+        (dumps / name).write_text(name)
+    hub = "hf://datasets/owner/name@v1"
+    value = f"{dumps / 'mine.jsonl'},{hub},{dumps / 'mine2.jsonl.gz'},{dumps / 'mine3.parquet'}"
+    assert main(["use", "stack_exchange", f"data.source={value}"]) == 0
+    assert read().data.source == ("mine.jsonl", "mine2.jsonl.gz", "mine3.parquet", hub)
+    assert sorted(links("data/raw")) == ["mine.jsonl", "mine2.jsonl.gz", "mine3.parquet"]
+    assert main(["use", "stack_exchange", f"data.source={hub}"]) == 0
+    assert (read().data.source, links("data/raw")) == ((hub,), {})
+    assert main(["check"]) == 0
+
+
+def test_earlier_links_go_and_own_files_stay(project, dumps, model):
+    (project / "data/raw/mine.example.7z").write_text("mine")
+    assert main(["use", "stack_exchange", f"data.source={dumps}", f"model.base={model}"]) == 0
+    own = "data/raw/mine.example.7z,data/raw/art.example.7z"
+    assert main(["use", "stack_exchange", f"data.source={own}"]) == 0
+    assert read().data.source == ("art.example.7z", "mine.example.7z")
+    assert os.readlink("data/raw/art.example.7z") == str(dumps / "art.example.7z")
+    assert main(["check"]) == 0
+    assert main(["use", "sample"]) == 0
+    assert [path.name for path in sorted(Path("data/raw").iterdir())] == [".gitignore", "mine.example.7z"]
+    assert Path("data/raw/mine.example.7z").read_text() == "mine"
+    assert links("data/base") == {}
+
+
+def test_base_model_from_a_folder(project, model):
+    assert main(["use", "sample", f"model.base={model}"]) == 0
+    assert read().model.base == "data/base"
+    wanted = ("config.json", "model.safetensors", "tokenizer.json")  # no pickles, no code
+    assert links("data/base") == {name: str(model / name) for name in wanted}
+    assert main(["use", "sample", "model.base=data/base", "seed=3"]) == 0
+    assert links("data/base") == {name: str(model / name) for name in wanted}
+    assert main(["use", "sample", "model.base=org/name"]) == 0
+    assert (read().model.base, links("data/base")) == ("org/name", {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "usage: python -m params use <preset>"),
+        (["use"], "usage: "),
+        (["chek"], "usage: "),
+        (["use", "sampel"], "no preset 'sampel'; there are sample, stack_exchange"),
+        (["use", "../sample"], "no preset '../sample'"),
+        (["use", "sample", "seed"], "'seed' is no setting; write key=value"),
+        (["use", "sample", "seed=1\n2"], "seed: a line break is in the value"),
+        (["use", "sample", "ppo.lamb=1"], "ppo.lamb: no such key; did you mean ppo.lam?"),
+        (["use", "sample", "ppo.batch_size=100", "ppo.mini_batch_size=64"], "must be a multiple of"),
+        (["use", "sample", "seed=1", "seed.x=1"], "seed.x: seed is a value, not a section"),
+        (["use", "sample", "data.source=gone.7z"], "data.source: gone.7z does not exist"),
+        (["use", "sample", "data.source=dvc.yaml"], "data.source: dvc.yaml is of no known type"),
+        (["use", "sample", "data.source=data"], "data.source: folder data holds no dump"),
+        (["use", "sample", "data.source=,"], "data.source is empty"),
+        (["use", "stack_exchange"], "data.source is empty; name dump files: data.source=<path>"),
+        (["use", "sample", "model.base=./gone"], "model.base: folder ./gone does not exist"),
+        (["use", "sample", "model.base=data"], "model.base: data has no weights (*.safetensors)"),
+        (["use", "sample", "model.base=bare"], "model.base: bare has no config.json"),
+        (["use", "sample", "data.source=x/Posts.xml,y/x/Posts.xml"], "would both be data/raw/x.Posts.xml"),
+        (["use", "sample", "data.source=other/taken.7z"], "data/raw/taken.7z is a file of your own"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(project, dumps, model, capsys, arguments, message):
+    own = ("x/Posts.xml", "y/x/Posts.xml", "bare/model.safetensors", "other/taken.7z", "data/raw/taken.7z")
+    for name in own:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(name)
+    assert main(["use", "stack_exchange", f"data.source={dumps}", f"model.base={model}"]) == 0
+    before = state()
+    capsys.readouterr()
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert state() == before
+
+
+def test_outside_of_a_repository(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["use", "sample"]) == 1
+    assert "run this in the repository's folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_looks_at_the_files(project, dumps, model, capsys):
+    assert main(["use", "stack_exchange", f"data.source={dumps}", f"model.base={model}"]) == 0
+    (dumps / "art.example.7z").unlink()
+    assert main(["check"]) == 1
+    assert "data.source: data/raw/art.example.7z is missing or leads nowhere" in capsys.readouterr().err
+    (dumps / "art.example.7z").write_text("back")
+    (model / "model.safetensors").unlink()
+    assert main(["check"]) == 1
+    assert "model.base: data/base has no weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace"])
+def test_params_yaml_is_replaced_whole(project, monkeypatch, call):
+    assert main(["use", "sample"]) == 0
+    before = Path("params.yaml").read_text()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(call, fail)
+    assert main(["use", "sample", "seed=1"]) == 1
+    assert Path("params.yaml").read_text() == before
+    assert sorted(path.name for path in project.iterdir()) == ["data", "dvc.yaml", "params.yaml"]
+
+
+def test_as_a_command(project):
+    def run(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "params", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    assert run("use", "sample") == (0, "params.yaml: preset sample\n")
+    assert run("check") == (0, "params.yaml: ok\n")
+    Path("params.yaml").write_text("sede: 1\n")
+    assert run("check") == (1, "error: params.yaml: sede: no such key; did you mean seed?\n")

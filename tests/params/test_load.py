@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from params.load import ParamsError, read
+from params.render import render
+from params.schema import Params
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def check(tmp_path: Path, text: str | bytes) -> Params:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return read(path)
+
+
+def test_strings_become_numbers(tmp_path):
+    """`dvc exp run -S sft.learning_rate=1e-5` writes 1e-05, which YAML 1.1 reads as a string."""
+    assert yaml.safe_load("1e-05") == "1e-05"
+    text = "sft: {learning_rate: 1e-05, epochs: '2', batch_rows: '4'}\nreward_eval: {enforce: 'false'}"
+    params = check(tmp_path, text)
+    assert (params.sft.learning_rate, params.sft.epochs, params.sft.batch_rows) == (1e-5, 2.0, 4)
+    assert params.reward_eval.enforce is False
+
+
+def test_an_empty_file_is_the_default_run(tmp_path):
+    assert check(tmp_path, "") == check(tmp_path, "# nothing\n") == Params()
+
+
+def test_source(tmp_path):
+    assert check(tmp_path, "data: {source: sample}").data.source == "sample"
+    assert check(tmp_path, "data: {source: [a.7z, b.xml]}").data.source == ("a.7z", "b.xml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ppo: {init_kl_coeff: 1}", "ppo.init_kl_coeff: no such key; did you mean ppo.init_kl_coef?"),
+        ("pppo: {}", "pppo: no such key; did you mean ppo?"),
+        ("data: {split: {evals: 8}}", "data.split.evals: no such key; did you mean data.split.eval?"),
+        ("zzz: 1", "zzz: no such key"),
+        ("zzz: 1\nsft: {epochs: -1}", "zzz: no such key (and 1 more)"),
+        ("sft: {learning_rate: 0}", "sft.learning_rate: input should be greater than 0, not 0"),
+        ("sft: {learning_rate: fast}", "sft.learning_rate: input should be a valid number, unable to parse"),
+        ("ppo: {updates: 1.5}", "ppo.updates: input should be a valid integer"),
+        ("ppo: {select: worst}", "ppo.select: input should be 'last' or 'best', not 'worst'"),
+        ("ppo: 3", "ppo: a section is expected, not 3"),
+        ("seed: {a: 1}", "seed: input should be a valid integer, not a section"),
+        ("data: {source: a.7z}", "data.source: 'sample' or a list of file names is expected, not 'a.7z'"),
+        ("data: {source: [1]}", "data.source: 'sample' or a list of file names is expected, not [1]"),
+        ("data: {source: []}", "data.source is empty"),
+        ("data: {split: {rl: 0}}", "data.split.rl must be positive"),
+        ("ppo: {batch_size: 100, mini_batch_size: 64}", "ppo.batch_size (100) must be a multiple of"),
+        ("pack: {row_tokens: 64, document_tokens: 65}", "pack.document_tokens (65) exceeds pack.row"),
+        ("model: {config: {max_position_embeddings: 9}}", "model.config.max_position_embeddings (9)"),
+        ("seed: 1\nppo: {}\nseed: 2", "key 'seed' is given twice in"),
+        ("ppo: {updates: 1, updates: 2}", "key 'updates' is given twice in"),
+        ("a: [", "while parsing a flow node"),
+        ("- 1", "a mapping is expected, not list"),
+        ("text", "a mapping is expected, not str"),
+        ("seed: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        (b"\xff\xfe\xff", "'utf-8' codec can't decode"),
+        ("seed: \x01", "unacceptable character"),
+    ],
+)
+def test_mistakes_are_one_line_with_the_key(tmp_path, text, message):
+    with pytest.raises(ParamsError) as caught:
+        check(tmp_path, text)
+    assert str(caught.value).startswith(f"{tmp_path / 'params.yaml'}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ParamsError, match=r"params\.yaml is missing; `python -m params use sample`"):
+        read(tmp_path / "params.yaml")
+
+
+def test_the_committed_file_is_the_rendered_default():
+    text = (REPOSITORY / "params.yaml").read_text()
+    assert text == render(Params(), "python -m params use sample")
+    assert read(REPOSITORY / "params.yaml") == Params()

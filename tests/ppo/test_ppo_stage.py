@@ -1,0 +1,220 @@
+"""The ppo stage: its gate, its prompts, its scores, what it leaves behind, and that a killed run goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import tiny
+import torch
+from pyarrow import parquet
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tasks import pack
+from tasks.lm import AutoModelForCausalLMWithValueHead
+from tasks.lm.scoring import score_documents
+from tasks.pack.records import PROMPTS, write_rows
+from tasks.ppo import run, stage
+from tasks.ppo.stage import COLUMNS, HELD_OUT, Judge, prompts_of_update
+from tasks.run.layout import Refusal
+
+SCORES = {"mean": 0.5, "std": 2.0}
+
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory):
+    """What the stages before have left: prompts, two models, an open gate."""
+    layout = tiny.project(tmp_path_factory.mktemp("upstream"), tiny.splits())
+    pack.run(tiny.params(), layout)
+    path = layout.artifact("pack", "prompts", "rl.parquet")
+    rows = parquet.read_table(path).to_pylist()
+    for row in rows[::3]:
+        row["is_validation"] = True  # more than 2 %, so that their scores say something
+    write_rows(path, PROMPTS, rows)
+    size = len(tiny.tokenizer())
+    tiny.save(tiny.causal(vocab_size=size, num_hidden_layers=1), layout.artifact("sft", "model"))
+    folder = tiny.save(tiny.scorer(seed=1, vocab_size=size), layout.artifact("reward", "model"))
+    (folder / "scores.json").write_text(json.dumps(SCORES))
+    return layout
+
+
+def project(upstream, root, passed=True, verdict="passed"):
+    root.mkdir(exist_ok=True)
+    layout = tiny.project(root)
+    for name in ("pack", "sft", "reward"):
+        layout.artifact(name).parent.mkdir(exist_ok=True)
+        layout.artifact(name).symlink_to(upstream.artifact(name))
+    layout.artifact("reward_eval").mkdir()
+    layout.artifact("reward_eval", "gate.json").write_text(json.dumps({"passed": passed}))
+    layout.artifact("reward_eval", "card.json").write_text(json.dumps({"verdict": verdict}))
+    return layout
+
+
+def params(**ppo):
+    return tiny.params(ppo=ppo, machine={"device": "cpu", "threads": 1, "checkpoint_updates": 1})
+
+
+def curve(layout) -> list[dict[str, str]]:
+    with layout.artifact("ppo", "curve.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_closed_gate_is_quoted_and_nothing_is_loaded(upstream, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "prepare", lambda *_: pytest.fail("it went on"))
+    layout = project(upstream, tmp_path, passed=False, verdict="accuracy 0.610 is below 0.8")
+    with pytest.raises(Refusal, match=r"did not pass its gate: accuracy 0\.610 is below 0\.8"):
+        run(params(), layout)
+    layout.artifact("reward_eval", "card.json").unlink()
+    with pytest.raises(Refusal, match="see the report card"):
+        run(params(), layout)
+
+
+@pytest.mark.parametrize(("prompts", "batch"), [(10, 4), (7, 7), (3, 8), (5, 1)])
+def test_each_pass_uses_every_prompt_once(prompts, batch):
+    drawn = [n for update in range(2 * prompts) for n in prompts_of_update(update, prompts, batch, 5)]
+    assert len(drawn) == 2 * prompts * batch
+    passes = [drawn[i : i + prompts] for i in range(0, len(drawn), prompts)]
+    assert all(sorted(each) == list(range(prompts)) for each in passes)
+    assert prompts < 5 or len({tuple(each) for each in passes}) > 1, "every pass is shuffled anew"
+
+
+def test_the_prompts_of_an_update_depend_on_its_number_alone():
+    there = {n: prompts_of_update(n, 11, 4, 5) for n in range(9)}
+    assert there == {n: prompts_of_update(n, 11, 4, 5) for n in reversed(range(9))}
+    assert [prompts_of_update(n, 11, 4, 6) for n in range(9)] != list(there.values())
+    assert prompts_of_update(3, 11, 4, 2**63 - 1)
+
+
+def test_the_judge_by_hand():
+    """(score − mean) / std, less the penalty where eos is missing."""
+    model = tiny.scorer()
+    prompts, responses = tiny.drawn((3, 5, 2)), [[7, 8], [9, tiny.EOS], [tiny.EOS]]
+    raw = score_documents(model, [[*p, *r] for p, r in zip(prompts, responses, strict=True)], 8)
+    found = Judge(model, tiny.EOS, 0.5, 2.0, 0.75, 2)(prompts, responses)
+    assert tiny.far(found, (raw - 0.5) / 2 - torch.tensor([0.75, 0, 0])) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def finished(upstream, tmp_path_factory):
+    """A run that nobody disturbed: (layout, metrics)."""
+    layout = project(upstream, tmp_path_factory.mktemp("finished") / "run")
+    return layout, run(params(), layout).metrics
+
+
+def test_the_outs_load_with_plain_transformers(finished, upstream):
+    layout, _ = finished
+    folder = layout.artifact("ppo", "model")
+    plain, before = (
+        AutoModelForCausalLM.from_pretrained(p) for p in (folder, upstream.artifact("sft", "model"))
+    )
+    own = AutoModelForCausalLMWithValueHead.from_pretrained(folder)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(plain(ids).logits, own(ids)[0]) and own.v_head.summary.weight.any()
+    assert not torch.equal(plain(ids).logits, before(ids).logits)
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny.tokenizer().get_vocab()
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors"}
+
+
+def test_the_curve_and_the_metrics(finished):
+    layout, metrics = finished
+    rows = curve(layout)
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert list(rows[0]) == ["step", *COLUMNS, *HELD_OUT]
+    assert [bool(row["held_out_score"]) for row in rows] == [False, True, False, True]
+    assert metrics["updates"] == metrics["selected_update"] == 4
+    assert metrics["first_score"] == float(rows[0]["score"]) and metrics["score"] == float(rows[-1]["score"])
+    for name in ("kl_nats", "kl_coef", "entropy_nats", *HELD_OUT):
+        assert metrics[name] == float(rows[-1][name])
+    assert float(rows[0]["kl_nats"]) == pytest.approx(0, abs=1e-5) and float(rows[0]["clipfrac"]) == 0
+    assert float(rows[-1]["kl_nats"]) != 0 and (layout.home / "reports/ppo/curve.png").is_file()
+
+
+def test_two_runs_write_the_same_bytes(finished, upstream, tmp_path):
+    layout = project(upstream, tmp_path)
+    assert run(params(), layout).metrics == finished[1]
+    assert tiny.digests(layout.artifact("ppo")) == tiny.digests(finished[0].artifact("ppo"))
+
+
+def test_another_seed_is_another_run(finished, upstream, tmp_path):
+    layout = project(upstream, tmp_path)
+    run(tiny.params(seed=1), layout)
+    assert tiny.digests(layout.artifact("ppo")) != tiny.digests(finished[0].artifact("ppo"))
+
+
+def break_at(monkeypatch, update):
+    """The tracker fails when it hears of this update."""
+
+    def log(values, step=None):
+        if step == update:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "log_metrics", log)
+
+
+@pytest.mark.parametrize("select", ["last", "best"])
+@pytest.mark.parametrize("update", [1, 2, 4])
+def test_a_broken_run_goes_on_bit_for_bit(upstream, tmp_path, monkeypatch, select, update):
+    keys = params(select=select, eval_updates=1, kl_budget_nats=100, learning_rate=0.01)
+    whole, broken = (project(upstream, tmp_path / name) for name in ("whole", "broken"))
+    wanted = run(keys, whole).metrics
+    with monkeypatch.context() as patch:
+        break_at(patch, update)
+        with pytest.raises(KeyboardInterrupt):
+            run(keys, broken)
+    assert not broken.artifact("ppo").exists()
+    began = []
+    update_of = stage.Loop.update
+    monkeypatch.setattr(
+        stage.Loop, "update", lambda loop: began.append(loop.trainer.updates) or update_of(loop)
+    )
+    assert run(keys, broken).metrics == wanted
+    assert tiny.digests(broken.artifact("ppo")) == tiny.digests(whole.artifact("ppo"))
+    assert began == list(range(update - 1, 4)), "the updates before the break were not done again"
+
+
+def test_best_is_the_highest_held_out_score_within_the_budget(upstream, tmp_path):
+    """And its weights are those of a run that ended there."""
+    keys = {"select": "best", "eval_updates": 1, "learning_rate": 0.01, "updates": 6}
+    free = project(upstream, tmp_path / "free")
+    metrics = run(params(**keys, kl_budget_nats=1000), free).metrics
+    rows = curve(free)
+    scores = [float(row["held_out_score"]) for row in rows]
+    assert metrics["selected_update"] == 1 + scores.index(max(scores))
+    budget = sorted(float(row["held_out_kl_nats"]) for row in rows)[3]
+    bound = project(upstream, tmp_path / "bound")
+    chosen = run(params(**keys, kl_budget_nats=budget), bound).metrics["selected_update"]
+    allowed = [i for i, row in enumerate(rows) if float(row["held_out_kl_nats"]) <= budget]
+    assert chosen == 1 + max(allowed, key=lambda i: scores[i]) and len(allowed) == 4
+    assert chosen not in (6, metrics["selected_update"]), "the budget decides, and it is not the last"
+    short = project(upstream, tmp_path / "short")
+    run(params(**{**keys, "select": "last", "updates": chosen}), short)
+    found, wanted = (tiny.digests(layout.artifact("ppo", "model")) for layout in (bound, short))
+    assert found == wanted
+
+
+def test_the_last_is_taken_when_none_is_within_the_budget(upstream, tmp_path):
+    layout = project(upstream, tmp_path)
+    keys = params(select="best", eval_updates=1, kl_budget_nats=1e-9, learning_rate=0.02)
+    assert run(keys, layout).metrics["selected_update"] == 4
+
+
+def test_held_out_prompts_are_the_validation_prompts_and_never_trained_on(upstream, tmp_path):
+    loop, _ = stage.prepare(params(), project(upstream, tmp_path))
+    rows = parquet.read_table(upstream.artifact("pack", "prompts", "rl.parquet")).to_pylist()
+    assert loop.held == [r["prompt"] for r in rows if r["is_validation"]] != []
+    assert loop.train == [r["prompt"] for r in rows if not r["is_validation"]]
+    assert (loop.judge.mean, loop.judge.std) == (0.5, 2.0)
+    plain, _ = stage.prepare(params(normalize_scores=False), project(upstream, tmp_path / "plain"))
+    assert (plain.judge.mean, plain.judge.std) == (0.0, 1.0)
+    assert not any(p.requires_grad for p in loop.trainer.ref_model.parameters())
+
+
+def test_no_training_prompt_is_named(upstream, tmp_path):
+    layout = project(upstream, tmp_path)
+    layout.artifact("pack").unlink()
+    table = parquet.read_table(upstream.artifact("pack", "prompts", "rl.parquet"))
+    layout.artifact("pack", "prompts").mkdir(parents=True)
+    parquet.write_table(table.slice(0, 0), layout.artifact("pack", "prompts", "rl.parquet"))
+    with pytest.raises(ValueError, match=r"rl\.parquet holds no training prompt"):
+        run(params(), layout)

@@ -1,0 +1,62 @@
+"""Seeds, devices, and how a batch is cut."""
+
+from __future__ import annotations
+
+import random
+
+import numpy
+import pytest
+import torch
+
+from tasks.run.devices import derive_seed, microbatch_rows, seed_everything, use_device
+
+
+def test_a_derived_seed_is_written_out():
+    """`printf 0/sft/train | sha256sum` begins with these 16 digits; the second's top bit goes."""
+    assert derive_seed(0, "sft", "train") == 0x75A1F900F4DAF9D1
+    assert derive_seed(0, "ppo", "models") == 0xAF1FFD3B82847386 - 2**63
+
+
+def test_every_use_has_a_seed_of_its_own():
+    uses = [
+        (seed, stage, purpose) for seed in (0, 1, 12) for stage in ("sft", "ppo") for purpose in ("a", "b")
+    ]
+    found = {derive_seed(*use) for use in uses}
+    assert len(found) == len(uses) and all(0 <= seed < 2**63 for seed in found)
+    assert any(seed >= 2**62 for seed in found), "the whole range is used"
+
+
+def draws():
+    return random.random(), float(numpy.random.rand()), float(torch.rand(1))
+
+
+def test_seeding_reaches_python_numpy_and_torch():
+    seed_everything(2**62 + 5)
+    first = draws()
+    seed_everything(2**62 + 5)
+    assert draws() == first
+    seed_everything(2**62 + 6)
+    assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
+def test_devices(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        for there, auto in ((False, "cpu"), (True, "cuda")):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+            assert use_device("auto", 1) == torch.device(auto) and use_device("cpu", 1) == torch.device("cpu")
+        assert use_device("cuda", 1) == torch.device("cuda")
+        use_device("cpu", 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"machine\.device is cuda"):
+        use_device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "most", "rows"), [(8, 64, 8), (20, 16, 10), (20, 64, 20), (8, 3, 2), (7, 6, 1), (1, 1, 1)]
+)
+def test_microbatches_add_up_to_the_batch(batch, most, rows):
+    assert microbatch_rows(batch, most) == rows

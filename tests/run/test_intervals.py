@@ -1,0 +1,56 @@
+"""Intervals by resampling: known cases, and that they cover what they claim to cover."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tasks.run.intervals import bootstrap
+
+
+def mean_of(values):
+    values = np.asarray(values, dtype=float)
+    return lambda weights: float(weights @ values / weights.sum())
+
+
+def test_nothing_to_doubt():
+    assert bootstrap(["a", "b", "c"], mean_of([1, 1, 1]), 50, 0) == (1.0, 1.0)
+    assert bootstrap(["a", "a"], mean_of([0, 1]), 50, 0) == (0.5, 0.5), "one unit: its rows stay together"
+
+
+def test_rows_of_a_unit_stay_together():
+    seen = []
+
+    def statistic(weights):
+        seen.append(weights.tolist())
+        return 0.0
+
+    bootstrap(["b", "a", "b", "c", "a"], statistic, 200, 1)
+    for b1, a1, b2, c, a2 in seen:
+        assert b1 == b2 and a1 == a2 and a1 + b1 + c == 3
+    assert len({tuple(w) for w in seen}) == 10, "all multisets of three units come up"
+
+
+def test_the_percentiles():
+    """One of two units: the mean of 0 and 1 is 0, ½ or 1 with chances ¼, ½, ¼."""
+    assert bootstrap([1, 2], mean_of([0, 1]), 400, 3) == (0.0, 1.0)
+    draws = iter(np.arange(1001))
+    low, high = bootstrap([1, 2], lambda weights: float(next(draws)), 1001, 0)
+    assert (low, high) == pytest.approx((25, 975))
+
+
+def test_the_same_seed_gives_the_same_interval():
+    rows = np.random.default_rng(0).normal(size=40)
+    found = [bootstrap(range(40), mean_of(rows), 100, seed) for seed in (5, 5, 6, 2**63 + 5)]
+    assert found[0] == found[1] == found[3] != found[2]
+
+
+def test_an_interval_covers_the_truth_19_times_in_20():
+    """100 worlds of 40 questions with 5 like answers each; resampling rows instead would cover about 60 %."""
+    draw, covered = np.random.default_rng(1), 0
+    units = np.repeat(np.arange(40), 5)
+    for world in range(100):
+        values = np.repeat(draw.normal(size=40), 5) + 0.1 * draw.normal(size=200)
+        low, high = bootstrap(units, mean_of(values), 200, world)
+        covered += low <= 0 <= high
+    assert 86 <= covered <= 99

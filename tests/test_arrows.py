@@ -1,0 +1,193 @@
+"""Who may know whom: flows -> tasks -> params; stages meet on disk. And what nobody may call."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.run.layout import STAGES
+
+REPOSITORY = Path(__file__).parents[1]
+MODULES = sorted(path for room in ("flows", "params", "tasks") for path in (REPOSITORY / room).rglob("*.py"))
+MLFLOW_ROOMS = ("tasks.run.tracking", "tasks.register")
+FORBIDDEN_NAMES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+FORBIDDEN_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "numpy.load", "np.load"}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """Dotted names of everything that these nodes import: `from a import b` gives a.b."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide where an arrow leads"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (part.value for part in node.args[:1] if isinstance(part, ast.Constant))
+
+
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Like `ast.walk`, but only what importing the module runs: no bodies of functions, nothing for types."""
+    yield node
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from at_import(child)
+
+
+def is_in(name: str, room: str) -> bool:
+    return name == room or name.startswith(f"{room}.")
+
+
+def stage_of(name: str) -> str | None:
+    """The stage a module belongs to; None for lm, run and __main__."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[0] == "tasks" and parts[1] in STAGES else None
+
+
+def broken_arrows(name: str, tree: ast.Module) -> list[str]:
+    """What a module of that name imports and may not."""
+    heavy = ("mlflow", "torch", "transformers") if is_in(name, "params") else ("mlflow",)
+    at_once = [target for target in imports(at_import(tree)) if target.split(".")[0] in heavy]
+    wrong = [target for target in imports(ast.walk(tree)) if not may_import(name, target)]
+    return [f"{name} imports {target}" for target in (*wrong, *at_once)]
+
+
+def may_import(name: str, target: str) -> bool:
+    if is_in(target, "prefect"):
+        return is_in(name, "flows")
+    if is_in(target, "mlflow"):
+        return any(is_in(name, room) for room in MLFLOW_ROOMS)
+    if is_in(target, "dvc") or is_in(target, "tests"):
+        return False
+    if is_in(target, "flows"):
+        return is_in(name, "flows")
+    if is_in(target, "tasks"):
+        if is_in(name, "flows") or name == "tasks.__main__":
+            return True
+        return is_in(name, "tasks") and stage_of(target) in (None, stage_of(name))
+    if is_in(target, "params"):
+        return is_in(name, "params") or stage_of(name) is not None or name == "tasks.__main__"
+    return True
+
+
+def forbidden(name: str, tree: ast.Module) -> Iterator[str]:
+    """Calls and modules that run code found in a file, or write where a file says."""
+    for target in imports(ast.walk(tree)):
+        if target.split(".")[0] in FORBIDDEN_NAMES:
+            yield f"{name} imports {target}"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called in FORBIDDEN_CALLS or called.endswith(".extractall") or called in ("eval", "exec"):
+            yield f"{name}:{node.lineno} calls {called}"
+        for keyword in node.keywords:
+            is_false = isinstance(keyword.value, ast.Constant) and not keyword.value.value
+            if keyword.arg in ("trust_remote_code", "allow_pickle", "shell") and not is_false:
+                yield f"{name}:{node.lineno} passes {keyword.arg}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_arrows_and_forbidden_calls(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert broken_arrows(name_of(path), tree) == []
+    assert list(forbidden(name_of(path), tree)) == []
+
+
+def test_every_room_was_looked_at():
+    assert {name_of(path).split(".")[0] for path in MODULES} == {"flows", "params", "tasks"}
+    assert {"tasks.__main__", "tasks.run.layout", "flows.rlhf", "params.schema"} <= set(map(name_of, MODULES))
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("tasks.sft", "from tasks.reward import run"),
+        ("tasks.ppo.trainer", "import tasks.pack.rows"),
+        ("tasks.ppo.trainer", "def f():\n    from tasks import sft"),
+        ("tasks.lm.forest", "from params.schema import Params"),
+        ("tasks.run.tracking", "import params"),
+        ("tasks.lm.forest", "from tasks.sft import run"),
+        ("params.schema", "from tasks.run.layout import Layout"),
+        ("params.schema", "import torch"),
+        ("tasks.sft", "from flows import graph"),
+        ("tasks.sft", "import prefect"),
+        ("tasks.sft", "def f():\n    import mlflow"),
+        ("flows.report", "def f():\n    import mlflow"),
+        ("tasks.run.tracking", "import mlflow"),
+        ("tasks.run.tracking", "if True:\n    import mlflow"),
+        ("tasks.run.tracking", "class Run:\n    import mlflow"),
+        ("tasks.register", "from mlflow import MlflowClient"),
+        ("flows.graph", "from dvc.repo import Repo"),
+        ("flows.graph", "from params.load import read"),
+        ("flows.steps", "import importlib\nimportlib.import_module('mlflow')"),
+    ],
+)
+def test_a_wrong_arrow_is_seen(name, line):
+    assert broken_arrows(name, ast.parse(line))
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("tasks.ppo.trainer", "from tasks.ppo.losses import policy_loss\nfrom tasks.lm import prompt"),
+        ("tasks.sft", "from params.schema import Params\nfrom tasks.run.layout import Layout"),
+        ("tasks.run.tracking", "def f():\n    import mlflow"),
+        ("tasks.register", "def f():\n    from mlflow import MlflowClient"),
+        ("tasks.run.tracking", "class Run:\n    def f(self):\n        import mlflow"),
+        ("tasks.run.tracking", "if TYPE_CHECKING:\n    from mlflow import MlflowClient"),
+        ("flows.steps", "import prefect\nfrom tasks.run import tracking"),
+        ("flows.steps", "import importlib\nimportlib.import_module('tasks.register')"),
+    ],
+)
+def test_a_right_arrow_passes(name, line):
+    assert broken_arrows(name, ast.parse(line)) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "torch.load(path)",
+        "yaml.load(text, Loader)",
+        "archive.extractall(path)",
+        "load(name, trust_remote_code=True)",
+        "load(name, trust_remote_code=trust)",
+        "np.load(path, allow_pickle=True)",
+        "subprocess.run(text, shell=True)",
+        "eval(text)",
+    ],
+)
+def test_a_forbidden_call_is_seen(line):
+    assert list(forbidden("x", ast.parse(line)))
+
+
+def test_what_only_looks_forbidden_passes():
+    line = "model.eval(); load(name, trust_remote_code=False); yaml.safe_load(text); json.load(file)"
+    assert not list(forbidden("x", ast.parse(line)))
+
+
+@pytest.mark.slow
+def test_everything_below_flows_imports_without_prefect_mlflow_and_dvc():
+    modules = [name_of(path) for path in MODULES if not is_in(name_of(path), "flows")]
+    modules = [name for name in modules if not name.endswith("__main__")]
+    script = (
+        "import importlib, sys\n"
+        "for name in ('prefect', 'mlflow', 'dvc'): sys.modules[name] = None\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *modules], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
