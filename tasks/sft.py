@@ -1,4 +1,4 @@
-"""Packed rows -> policy: supervised fine-tuning, every document a root of the forest."""
+"""Packed rows -> policy: supervised fine-tuning; the answers to one question share it in the forest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 
 import torch
 from pyarrow import parquet
@@ -60,16 +61,38 @@ class SFTConfig(TrainingArguments):
 def collate(rows: Sequence[PackedRow], loss_on: str = "all") -> dict[str, Forest | torch.Tensor]:
     """Rows -> one forest, the places that predict a wanted token of their own document, and those tokens.
 
+    Neighbours with the same prompt share it: the prompt is a root, and what follows it in each document a
+    child. The loss is that of the documents one by one; a shared token is computed once.
+
     Returns:
         forest; `predicts` [N] places in the row; `labels` [N] the tokens predicted there. The first token of
         a document is predicted by nothing; with `loss_on="response"` nor are those of a prompt.
     """
-    forest = plant([Segment(d) for row in rows for d in row.documents()])
-    skipped = [max(1, n) if loss_on == "response" else 1 for row in rows for n in row.prompts]
-    targets = torch.cat(
-        [torch.arange(s + k, s + n) for s, n, k in zip(forest.starts, forest.lengths, skipped, strict=True)]
-    )
-    return {"forest": forest, "predicts": targets - 1, "labels": forest.tokens[targets]}
+    segments: list[Segment] = []
+    documents: list[
+        tuple[list[int], int]
+    ] = []  # the segments of a document, and how many tokens are not learnt
+    for row in rows:
+        for prompt, alike in groupby(zip(row.documents(), row.prompts, strict=True), lambda d: d[0][: d[1]]):
+            texts = [text for text, _ in alike]
+            root = []
+            if len(texts) > 1 and 0 < len(prompt) < min(map(len, texts)):
+                root = [len(segments)]
+                segments.append(Segment(prompt))
+            for text in texts:
+                documents.append(
+                    ([*root, len(segments)], max(1, len(prompt)) if loss_on == "response" else 1)
+                )
+                segments.append(Segment(text[len(prompt) :], root[0]) if root else Segment(text))
+    forest = plant(segments)
+    predicts, targets = [], []
+    for chain, skipped in documents:
+        places = torch.cat(
+            [torch.arange(forest.starts[i], forest.starts[i] + forest.lengths[i]) for i in chain]
+        )
+        predicts.append(places[skipped - 1 : -1])
+        targets.append(places[skipped:])
+    return {"forest": forest, "predicts": torch.cat(predicts), "labels": forest.tokens[torch.cat(targets)]}
 
 
 class SFTTrainer(NamedOptimizer, SafeCheckpoints, Trainer):

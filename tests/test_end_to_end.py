@@ -50,7 +50,10 @@ print(json.dumps({
     "stages": [run.data.tags["stackrl.stage"] for run in runs if "stackrl.stage" in run.data.tags],
     "runs": [run.info.run_id for run in runs], "made_by": made_by,
     "params": sft.data.params, "metrics": sft.data.metrics,
-    "versions": {name: len(client.search_model_versions(f"name='{name}'")) for name in models},
+    "versions": {
+        name: [version.tags["stackrl.md5"] for version in client.search_model_versions(f"name='{name}'")]
+        for name in models
+    },
     "aliases": list(client.get_registered_model("stackrl-policy").aliases),
 }))
 """
@@ -196,13 +199,15 @@ def test_the_flow_finds_everything_unchanged_and_runs_what_is_forced(clone):
 def test_mlflow_knows_every_stage_and_the_three_models(clone):
     found = json.loads(clone.run("python", "-c", REGISTRY).splitlines()[-1])
     assert set(STAGES) <= set(found["stages"])
-    assert found["made_by"].keys() == set(
-        STAGES
-    )  # the first flow skipped every stage, and says whose result it has
+    # the first flow skipped every stage, and says whose result it has
+    assert found["made_by"].keys() == set(STAGES)
     assert all(value.removeprefix("Unchanged: ") in found["runs"] for value in found["made_by"].values())
     assert found["params"]["sft.epochs"] == "1.0" and "sft/loss" in found["metrics"]
     assert set(found["versions"]) == {"stackrl-sft", "stackrl-reward", "stackrl-policy"}
-    assert found["versions"]["stackrl-sft"] == 1
+    for kind, stage in (("sft", "sft"), ("reward", "reward"), ("policy", "ppo")):
+        registered = found["versions"][f"stackrl-{kind}"]
+        assert len(registered) == len(set(registered)), "the same weights registered twice are one version"
+        assert outs(clone.lock())[f"artifacts/{stage}/model"] in registered
     assert "candidate" in found["aliases"]
 
 

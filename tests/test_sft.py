@@ -80,6 +80,49 @@ def test_a_document_of_one_token_teaches_nothing():
     assert found["predicts"].tolist() == [1] and found["labels"].tolist() == [1]
 
 
+@pytest.mark.parametrize(
+    ("loss_on", "predicts", "labels"),
+    [
+        ("all", [0, 1, 2, 0, 1, 4, 6, 7], [6, 8, 1, 6, 9, 1, 2, 1]),
+        ("response", [1, 2, 1, 4, 6, 7], [8, 1, 9, 1, 2, 1]),
+    ],
+)
+def test_neighbours_share_a_prompt_by_hand(loss_on, predicts, labels):
+    """`5 6` once, `8 1` and `9 1` after it; the third document has a prompt of its own."""
+    row = PackedRow((5, 6, 8, 1, 5, 6, 9, 1, 7, 2, 1), (4, 4, 3), (2, 2, 1))
+    found = collate([row], loss_on)
+    assert found["forest"].tokens.tolist() == [5, 6, 8, 1, 9, 1, 7, 2, 1]
+    assert found["forest"].positions.tolist() == [0, 1, 2, 3, 2, 3, 0, 1, 2]
+    assert found["predicts"].tolist() == predicts and found["labels"].tolist() == labels
+
+
+@pytest.mark.parametrize("prompts", [(0, 0), (4, 4), (2, 3)])
+def test_nothing_is_shared_without_a_prompt_and_a_response(prompts):
+    """Pieces without a prompt, prompts without a response, prompts of different lengths: whole documents."""
+    found = collate([PackedRow((5, 6, 8, 1, 5, 6, 8, 1), (4, 4), prompts)])
+    assert found["forest"].lengths == (4, 4) and len(found["labels"]) == 6
+
+
+@pytest.mark.parametrize("loss_on", ["all", "response"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_shared_prompt_changes_neither_loss_nor_gradient(tmp_path, kind, loss_on):
+    keys = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if kind == "gpt2" else {}
+    some = []
+    for prompt in tiny.drawn((6, 1, 11)):
+        texts = [[*prompt, *tail] for tail in tiny.drawn((1, 5, 9, 2), len(prompt))]
+        lengths = tuple(map(len, texts))
+        some.append(PackedRow(tuple(t for text in texts for t in text), lengths, (len(prompt),) * 4))
+    plain = tiny.causal(kind, **keys)
+    total, count, _ = separate(plain, some, loss_on)
+    (total / count).backward()
+    made = trainer(tmp_path, model=tiny.causal(kind, **keys), loss_on=loss_on)
+    loss = made.compute_loss(made.model, made.data_collator(some))
+    loss.backward()
+    assert tiny.far(loss.item(), (total / count).item()) <= 1e-5
+    assert tiny.far_gradients(tiny.gradients(made.model), tiny.gradients(plain)) <= 1e-5
+    assert made.tokens_seen == sum(len(row.tokens) - 3 * row.prompts[0] for row in some)
+
+
 def separate(model, rows, loss_on):
     """Sum of transformers' own losses of each document by itself, the number of tokens, the right ones."""
     total, count, right = 0.0, 0, 0

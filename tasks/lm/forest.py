@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+SMALL_BLOCK = 128  # keys
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -168,12 +170,21 @@ def forest_attention(
         kb, vb = (
             x.index_select(0, block.keys).view(n, columns, *x.shape[1:]).transpose(1, 2) for x in (k, v)
         )
-        out = functional.scaled_dot_product_attention(
-            qb, kb, vb, block.sees, dropout_p=dropout, scale=scaling
-        )
+        out = _attend(qb, kb, vb, block.sees, dropout, scaling)
         outputs.append(out.transpose(1, 2).reshape(n * rows, *v.shape[1:]).index_select(0, block.real))
     module.forest_calls = getattr(module, "forest_calls", 0) + 1
     return torch.cat(outputs).index_select(0, forest.order)[None], None
+
+
+def _attend(query, key, value, sees, dropout, scaling) -> Tensor:
+    """Attention of one block; the CPU's flash kernel is slow on few keys, where two plain products do it."""
+    if query.device.type != "cpu" or key.shape[2] > SMALL_BLOCK or dropout:
+        return functional.scaled_dot_product_attention(
+            query, key, value, sees, dropout_p=dropout, scale=scaling
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    odds = (query * scale @ key.transpose(-1, -2)).masked_fill(~sees, float("-inf"))
+    return odds.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 AttentionInterface.register("forest", forest_attention)
@@ -189,6 +200,27 @@ def enable_forest(model) -> None:
     model.set_attn_implementation("forest")
     if model.config._attn_implementation != "forest":
         raise ValueError(f"{type(model).__name__} cannot be served by the forest attention")
+
+
+def has_forest(model) -> bool:
+    """Whether the model's attention goes through :func:`forest_attention`."""
+    return model.config._attn_implementation == "forest"
+
+
+def serve_forest(model) -> bool:
+    """Enable the forest where the model can be served; False, with nothing changed, where it cannot.
+
+    A sliding window, whole or in some layers, is served by padded rows too.
+    """
+    config, before = model.config.get_text_config(), model.config._attn_implementation
+    if getattr(config, "sliding_window", None) is not None:
+        return False
+    try:
+        enable_forest(model)
+    except ValueError:
+        model.set_attn_implementation(before)
+        return False
+    return True
 
 
 def run_forest(model, forest: Forest, **keys):

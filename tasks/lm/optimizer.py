@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 BETAS = (0.9, 0.95)
+
+
+class BatchedMuon(Muon):
+    """torch's Muon, bit for bit, with the matrices of one shape orthogonalised in one batch.
+
+    A small model has many small matrices: one product of sixteen costs half of sixteen products.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One update of every matrix that has a gradient."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, alike in shapes.items():
+                updates = newton_schulz(torch.stack([self._momentum(p, group) for p in alike]), group)
+                rate = group["lr"] * 0.2 * math.sqrt(max(shape))  # match_rms_adamw
+                for parameter, update in zip(alike, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+    def _momentum(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        """The gradient with Nesterov momentum, bfloat16."""
+        state, gradient = self.state[parameter], parameter.grad
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        kept = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        return gradient.lerp(kept, group["momentum"]).bfloat16()
+
+
+def newton_schulz(matrices: Tensor, group: dict[str, Any]) -> Tensor:
+    """Nearly orthogonal matrices, [N, R, C] bfloat16 -> the same shape (Jordan et al. 2024).
+
+    Args:
+        matrices: N of one shape.
+        group: `ns_coefficients`, `ns_steps` and `eps`, as torch.optim.Muon names them.
+    """
+    a, b, c = group["ns_coefficients"]
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 class MuonAdamW(Optimizer):
@@ -22,7 +70,7 @@ class MuonAdamW(Optimizer):
     ) -> None:
         keys = {"lr": lr, "weight_decay": weight_decay}
         self.parts: tuple[Optimizer, Optimizer] = (
-            Muon(matrices, adjust_lr_fn="match_rms_adamw", **keys),
+            BatchedMuon(matrices, **keys),
             AdamW(others, betas=BETAS, **keys),
         )
         super().__init__([*matrices, *others], keys)

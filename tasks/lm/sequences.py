@@ -1,4 +1,8 @@
-"""Prompts and responses in padded tensors, and the log-probabilities a causal model gives them."""
+"""Prompts and responses in padded tensors, and what a causal model says of each response token.
+
+The tensors are padded, the forward is not: a model that serves the forest sees the real tokens only, any
+other model the padded rows; the numbers are the same.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from tasks.lm.forest import Forest, Segment, has_forest, plant, run_forest
 from tasks.lm.logprobs import token_logprobs
 
 
@@ -68,14 +73,65 @@ def lay_out(
     return Sequences(tokens.to(device), is_real.to(device), real_right.to(device))
 
 
-def response_logprobs(model, sequences: Sequences, temperature: float) -> Tensor:
-    """Log-probability of each response token under a causal model; logits for response positions only.
+def plant_sequences(sequences: Sequences) -> tuple[Forest, Tensor]:
+    """The real tokens of each row as a root, and the places [N] that predict the N real response tokens.
 
-    -> [B, R].
+    Row by row, as `tokens[is_response]` lists them.
     """
-    width = sequences.is_response.shape[1] + 1  # the position before the first response token predicts it
-    logits = model(
-        input_ids=sequences.tokens, attention_mask=sequences.is_real.long(), use_cache=False,
-        position_ids=positions_of(sequences.is_real), logits_to_keep=width,
-    ).logits  # fmt: skip
-    return token_logprobs(logits[:, :-1], sequences.responses, temperature)[0]
+    rows = [row[keep].tolist() for row, keep in zip(sequences.tokens, sequences.is_real, strict=True)]
+    forest = plant([Segment(row) for row in rows])
+    answered = sequences.is_response.sum(1).tolist()
+    ends = [s + n for s, n in zip(forest.starts, forest.lengths, strict=True)]
+    places = torch.cat([torch.arange(e - r - 1, e - 1) for e, r in zip(ends, answered, strict=True)])
+    device = sequences.tokens.device
+    return forest.to(device), places.to(device)
+
+
+def read_responses(model, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probability and entropy (nats) of each response token, and its value where the model has them.
+
+    Logits are computed for response positions only.
+
+    Args:
+        model: a causal language model, or one with a value head.
+        sequences: B rows.
+        temperature: the logits are divided by it.
+
+    Returns:
+        [B, R] each, zero where there is no token. The value of a token is that of the state before it.
+    """
+    mask = sequences.is_response
+    chosen = sequences.responses[mask]  # [N]
+    if has_forest(model):
+        forest, places = plant_sequences(sequences)
+        out = run_forest(model, forest, logits_to_keep=places)
+        logits, values = _logits_and_values(out)
+        found = (
+            *token_logprobs(logits[0], chosen, temperature),
+            None if values is None else values[0, places],
+        )
+    else:
+        width = mask.shape[1] + 1  # the position before the first response token predicts it
+        out = model(
+            input_ids=sequences.tokens, attention_mask=sequences.is_real.long(), use_cache=False,
+            position_ids=positions_of(sequences.is_real), logits_to_keep=width,
+        )  # fmt: skip
+        logits, values = _logits_and_values(out)
+        values = None if values is None else values[:, -width:-1][mask]
+        found = (*token_logprobs(logits[:, :-1][mask], chosen, temperature), values)
+    logprobs, entropy, values = (None if x is None else _spread(x, mask) for x in found)
+    return logprobs, entropy, values
+
+
+def _logits_and_values(out) -> tuple[Tensor, Tensor | None]:
+    return (out[0], out[2]) if type(out) is tuple else (out.logits, None)
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """[N] values of the N true places of a mask -> the mask's shape, zero elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def response_logprobs(model, sequences: Sequences, temperature: float) -> Tensor:
+    """Log-probability of each response token under a causal model, nats. -> [B, R]."""
+    return read_responses(model, sequences, temperature)[0]

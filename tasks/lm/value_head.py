@@ -62,8 +62,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             output_hidden_states=True,
-            use_cache=False,
-            **keys,
+            **{"use_cache": False, **keys},
         )
         return out.logits, None, self.v_head(out.hidden_states[-1])
 

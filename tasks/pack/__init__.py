@@ -97,35 +97,55 @@ def _write(folder: Path, schema, files: dict[str, list[dict]]) -> None:
 def pack_rows(questions: Iterator[dict], tokenizer, pack: PackParams, count: Counter) -> list[dict]:
     """Documents of the best answers, in rows of at most `pack.row_tokens`.
 
-    Training and validation rows apart.
+    Training and validation rows apart. Documents of one question stand side by side, as many as a quarter of
+    a row takes: sft computes their prompt once, and pieces of that size still fill the rows.
     """
-    documents = {False: [], True: []}  # is_validation -> (tokens, prompt tokens, site, answer id)
+    bundles = {False: [], True: []}  # is_validation -> documents (tokens, prompt tokens, site, answer id)
     for question in questions:
         best = sorted(question["answers"], key=lambda a: (-a["score"], a["id"]))[: pack.answers_per_question]
         encoded = _encode(question, best, tokenizer, pack, count, "sft")
         if encoded:
             prompt, answered = encoded
-            held = is_validation(question["site"], question["id"])
+            documents = []
             for answer, response in answered:
                 whole = prompt + response
                 for start in range(0, len(whole), pack.document_tokens):  # one piece, unless params say split
                     piece = whole[start : start + pack.document_tokens]
                     of_prompt = len(prompt) if start == 0 else 0
-                    documents[held].append((piece, of_prompt, question["site"], answer["id"]))
+                    documents.append((piece, of_prompt, question["site"], answer["id"]))
+            held = is_validation(question["site"], question["id"])
+            bundles[held] += bundle(documents, pack.row_tokens // 4)
     rows = []
-    for held, found in documents.items():
-        for row in best_fit_decreasing([len(d[0]) for d in found], pack.row_tokens):
+    for held, found in bundles.items():
+        lengths = [sum(len(tokens) for tokens, *_ in one) for one in found]
+        for row in best_fit_decreasing(lengths, pack.row_tokens):
+            documents = [document for i in row for document in found[i]]
             rows.append(
                 {
-                    "tokens": [t for i in row for t in found[i][0]],
-                    "lengths": [len(found[i][0]) for i in row],
-                    "prompts": [found[i][1] for i in row],
-                    "sites": [found[i][2] for i in row],
-                    "answer_ids": [found[i][3] for i in row],
+                    "tokens": [t for tokens, *_ in documents for t in tokens],
+                    "lengths": [len(tokens) for tokens, *_ in documents],
+                    "prompts": [prompt for _, prompt, *_ in documents],
+                    "sites": [site for *_, site, _ in documents],
+                    "answer_ids": [answer for *_, answer in documents],
                     "is_validation": held,
                 }
             )
     return rows
+
+
+def bundle(documents: list[tuple], most: int) -> list[list[tuple]]:
+    """Neighbours together while they have at most `most` tokens; a longer one is alone.
+
+    Example: documents of 2, 2 and 3 tokens, most 4 -> the first two, and the third.
+    """
+    bundles, room = [], 0
+    for document in documents:
+        if len(document[0]) > room:
+            bundles.append([])
+            room = most
+        bundles[-1].append(document)
+        room -= len(document[0])
+    return bundles
 
 
 def group_answers(

@@ -9,8 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from tasks.lm.logprobs import token_logprobs
-from tasks.lm.sequences import Sequences, positions_of, response_logprobs
+from tasks.lm.sequences import Sequences, read_responses, response_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +32,6 @@ class Rollout:
         return ((self.logprobs - self.ref_logprobs) * self.is_response).sum(1)
 
 
-def read_policy(model, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability, entropy (nats) and value at each response token; logits for response positions only.
-
-    Args:
-        model: AutoModelForCausalLMWithValueHead, in evaluation mode: dropout would make the first ratio
-        differ from 1.
-        sequences: B rows.
-        temperature: the one they were sampled at.
-
-    Returns:
-        [B, R] each. The value of a token is that of the state before it.
-    """
-    width = sequences.is_response.shape[1] + 1
-    logits, _, values = model(
-        sequences.tokens,
-        sequences.is_real.long(),
-        position_ids=positions_of(sequences.is_real),
-        logits_to_keep=width,
-    )
-    logprobs, entropy = token_logprobs(logits[:, :-1], sequences.responses, temperature)
-    return logprobs, entropy, values[:, -width:-1]
-
-
 @torch.no_grad()
 def observe(
     model,
@@ -70,7 +46,7 @@ def observe(
     for index in torch.arange(len(sequences.tokens), device=sequences.tokens.device).split(rows):
         part = sequences.rows(index)
         with precision():
-            own = read_policy(model, part, temperature)
+            own = read_responses(model, part, temperature)
             parts.append((*own, response_logprobs(ref_model, part, temperature)))
     names = [f.name for f in fields(Rollout)][1:]
     return Rollout(

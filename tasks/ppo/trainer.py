@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from params.schema import PPOConfig
+from tasks.lm.forest import serve_forest
 from tasks.lm.generation import Responses, draw_uniforms, generate
 from tasks.lm.masked import masked_mean, masked_var, whiten
 from tasks.lm.optimizer import make_optimizer
 from tasks.lm.precision import autocast
-from tasks.lm.sequences import Sequences, lay_out
+from tasks.lm.sequences import Sequences, lay_out, read_responses
 from tasks.ppo.advantages import gae
 from tasks.ppo.losses import policy_loss, value_loss
 from tasks.ppo.rewards import KLController, token_rewards
-from tasks.ppo.rollout import Rollout, observe, read_policy
+from tasks.ppo.rollout import Rollout, observe
 
 
 class PPOTrainer:
@@ -41,6 +42,8 @@ class PPOTrainer:
             ref_model.eval(),
             tokenizer,
         )
+        for served in (model.pretrained_model, ref_model):
+            serve_forest(served)
         self.device = next(model.parameters()).device
         self.microbatch_rows, self.seed, self.updates = microbatch_rows, seed, 0
         self.kl_ctl = KLController(
@@ -169,7 +172,7 @@ class PPOTrainer:
         """
         config, mask = self.config, sequences.is_response
         with self._precision():
-            logprobs, _, values = read_policy(self.model, sequences, config.temperature)
+            logprobs, _, values = read_responses(self.model, sequences, config.temperature)
         policy, clipped, moved = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
         value = value_loss(values, old_values, returns, mask, config.cliprange_value)
         ((policy + config.vf_coef * value) / count).backward()

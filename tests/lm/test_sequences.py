@@ -8,8 +8,18 @@ import pytest
 import tiny
 import torch
 
+from tasks.lm.forest import has_forest, serve_forest
 from tasks.lm.logprobs import token_logprobs
-from tasks.lm.sequences import Sequences, lay_out, left_pad, positions_of, response_logprobs
+from tasks.lm.sequences import (
+    Sequences,
+    lay_out,
+    left_pad,
+    plant_sequences,
+    positions_of,
+    read_responses,
+    response_logprobs,
+)
+from tasks.lm.value_head import AutoModelForCausalLMWithValueHead
 
 T, F = True, False
 
@@ -62,6 +72,44 @@ def test_padded_is_unpadded(kind, temperature):
     assert found.shape == (3, 5) and found.dtype == torch.float32
     for row, prompt, response in zip(found, prompts, responses, strict=True):
         assert tiny.far(row[: len(response)], alone(model, prompt, response, temperature)) <= 1e-5
+
+
+def test_planted_by_hand():
+    """Rows of 4 and 2 real tokens, with 2 and 1 response tokens: places 1, 2 and 4 predict them."""
+    forest, places = plant_sequences(lay_out([[5, 6], [7]], [[8, 1], [9]], 0, "cpu"))
+    assert forest.tokens.tolist() == [5, 6, 8, 1, 7, 9] and forest.starts == (0, 4)
+    assert places.tolist() == [1, 2, 4]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("valued", [False, True])
+def test_the_forest_is_the_padded_rows(kind, valued):
+    """Log-probabilities, entropies, values and every gradient, with and without a value head."""
+    sequences = lay_out(tiny.drawn((4, 9, 1), 1), tiny.drawn((5, 1, 3), 2), tiny.PAD, "cpu")
+    found = {}
+    for planted in (False, True):
+        model = causal = tiny.causal(kind)
+        if valued:
+            model = AutoModelForCausalLMWithValueHead(causal)
+            model.v_head.summary.weight.data.normal_(generator=torch.Generator().manual_seed(3))
+        if planted:
+            assert serve_forest(causal) and has_forest(model)
+        read = read_responses(model, sequences, 0.7)
+        assert (read[2] is None) is not valued
+        read = [x for x in read if x is not None]
+        assert all(x.shape == (3, 5) and not x[~sequences.is_response].any() for x in read)
+        sum((n + 1) * x.square().sum() for n, x in enumerate(read)).backward()
+        found[planted] = read, tiny.gradients(model)
+    for one, other in zip(found[True][0], found[False][0], strict=True):
+        assert tiny.far(one.detach(), other.detach()) <= 1e-5
+    assert tiny.far_gradients(found[True][1], found[False][1]) <= 1e-5
+
+
+def test_a_model_the_forest_cannot_serve_takes_padded_rows():
+    model = tiny.causal("mistral", sliding_window=4)
+    assert not serve_forest(model) and not has_forest(model)
+    sequences = lay_out(tiny.drawn((4, 9), 1), tiny.drawn((5, 1), 2), tiny.PAD, "cpu")
+    assert torch.isfinite(response_logprobs(model, sequences, 1.0)).all()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

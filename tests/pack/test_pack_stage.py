@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import tiny
 from pyarrow import parquet
 
 from tasks.lm.loading import load_tokenizer
 from tasks.lm.prompt import document_text, prompt_text
-from tasks.pack import run
+from tasks.pack import bundle, run
 from tasks.pack.records import is_validation
 
 LONG = " ".join(f"word{n}" for n in range(80))
@@ -61,6 +63,25 @@ def test_rows_hold_every_document_once_and_decode_to_the_text(packed):
     assert all(len(row["tokens"]) <= params.pack.row_tokens for row in rows)
     assert metrics["rows"] == len(rows) and metrics["sft_tokens"] == sum(len(r["tokens"]) for r in rows)
     assert metrics["row_fill"] == metrics["sft_tokens"] / (len(rows) * params.pack.row_tokens)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "bundles"),
+    [([2, 2, 3], [[2, 2], [3]]), ([5, 1], [[5], [1]]), ([1, 3, 4], [[1, 3], [4]]), ([], [])],
+)
+def test_bundles_by_hand(lengths, bundles):
+    """At most four tokens together; a longer document is alone."""
+    found = bundle([(list(range(n)),) for n in lengths], 4)
+    assert [[len(tokens) for (tokens,) in one] for one in found] == bundles
+
+
+def test_the_answers_to_a_question_stand_side_by_side(tmp_path):
+    layout = tiny.project(tmp_path, tiny.splits())
+    run(tiny.params(pack={"row_tokens": 600}), layout)
+    for row in table(layout, "rows", "sft.parquet"):
+        questions = [answer // 10 for answer in row["answer_ids"]]
+        changes = 1 + sum(a != b for a, b in pairwise(questions))
+        assert changes == len(set(questions)) < len(questions)
 
 
 def test_a_long_answer_is_cut_and_counted(packed):

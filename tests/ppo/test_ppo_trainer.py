@@ -10,9 +10,9 @@ import torch
 
 from params.schema import PPOConfig
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.sequences import lay_out
+from tasks.lm.sequences import lay_out, read_responses
 from tasks.ppo import PPOTrainer
-from tasks.ppo.rollout import observe, read_policy
+from tasks.ppo.rollout import observe
 
 DROPOUT = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
 CONFIG = {
@@ -56,7 +56,7 @@ def test_what_is_read_belongs_to_the_token(kind):
     torch.nn.init.normal_(made.model.v_head.summary.weight)
     prompts, responses, _ = batch()
     sequences = lay_out(prompts, responses, tiny.PAD, "cpu")
-    logprobs, entropy, values = read_policy(made.model, sequences, 0.8)
+    logprobs, entropy, values = read_responses(made.model, sequences, 0.8)
     for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         logits, _, value = made.model(torch.tensor([[*prompt, *response]]))
         before = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
@@ -79,7 +79,7 @@ def test_kl_is_zero_and_the_ratio_one_at_the_start_even_with_dropout(kind):
     prompts, responses, scores = batch()
     seen = made.observe(prompts, responses)
     assert seen.kl_nats().abs().max() < 1e-5
-    again = read_policy(made.model, seen.sequences, 1.0)[0]
+    again = read_responses(made.model, seen.sequences, 1.0)[0]
     assert torch.equal((again - seen.logprobs) * seen.is_response, torch.zeros_like(again))
     stats = made.step(prompts, responses, scores)
     assert stats["objective/kl"] == pytest.approx(0, abs=1e-5)
@@ -181,7 +181,7 @@ def test_no_forward_is_larger_than_the_microbatch():
     made, seen = trainer(microbatch_rows=3), []
     for model in (made.model.pretrained_model, made.ref_model):
         model.register_forward_pre_hook(
-            lambda _m, _a, keys: seen.append(len(keys["input_ids"])), with_kwargs=True
+            lambda _m, _a, keys: seen.append(len(keys["forest"].starts)), with_kwargs=True
         )
     made.step(*batch())
     assert max(seen) == 3
