@@ -42,12 +42,12 @@ OPENERS = (
     "One more: ",
 )
 BODIES = (
-    "<p>My book does not say.</p>",
-    "<p>It is for school.</p>",
-    "<p>I want to be sure.</p>",
     "<p>Thanks!</p>",
-    "<p>I tried:</p>\n\n<pre><code>ask()\n</code></pre>",
-    "<p>My friend and I disagree.</p>",
+    "<p>Any idea?</p>",
+    "<p>For school.</p>",
+    "<p>Not sure.</p>",
+    "<pre><code>ask()\n</code></pre>",
+    "<p>We disagree.</p>",
 )
 # Three lengths of each style, the same on average in every style: longer is not better.
 STYLES = {

@@ -10,6 +10,7 @@ import torch
 from pyarrow import parquet
 
 from params.schema import Params
+from tasks.lm.forest import serve_forest
 from tasks.lm.generation import draw_uniforms, generate
 from tasks.lm.loading import load_causal, load_reward, load_tokenizer
 from tasks.lm.scoring import score_documents
@@ -71,6 +72,8 @@ def kl_to_sft(
     policy, sft, rows: Sequence[dict], answers: Answers, pad_id: int, temperature: float, microbatch: int
 ) -> np.ndarray:
     """KL of the policy to SFT, nats per response, on the policy's own samples (k1 estimate). -> [N·K]."""
+    for model in (policy, sft):
+        serve_forest(model)
     flat = [(row["prompt"], r) for row, own in zip(rows, answers.tokens, strict=True) for r in own]
     found = []
     for first in range(0, len(flat), microbatch):
