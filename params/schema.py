@@ -171,13 +171,13 @@ class RewardEvalParams(Section):
 class PPOConfig(Section):
     """Proximal policy optimisation; fields shared with TRL 0.11 keep its names and meaning."""
 
-    updates: int = Field(60, ge=1, description="rollouts, each followed by ppo_epochs passes over it")
+    updates: int = Field(50, ge=1, description="rollouts, each followed by ppo_epochs passes over it")
     learning_rate: Positive = Field(1e-4, description="constant, AdamW")
     batch_size: int = Field(128, ge=1, description="prompts of one rollout, over all processes")
     mini_batch_size: int = Field(64, ge=1, description="responses per backward pass")
     gradient_accumulation_steps: int = Field(1, ge=1, description="minibatches per optimizer step")
     ppo_epochs: int = Field(1, ge=1, description="passes over one rollout")
-    init_kl_coef: float = Field(0.3, ge=0, description="price of KL at the start, score units per nat")
+    init_kl_coef: float = Field(0.5, ge=0, description="price of KL at the start, score units per nat")
     adap_kl_ctrl: bool = Field(True, description="adapt the price towards `target` (arXiv 1909.08593, 2.2)")
     target: Positive = Field(0.5, description="wanted KL per response, nats")
     horizon: int = Field(10000, ge=1, description="responses over which the price adapts")
@@ -201,7 +201,7 @@ class PPOConfig(Section):
         "last", description="best: highest held-out score within the budget"
     )
     kl_budget_nats: Positive = Field(1.0, description="KL per response that `select: best` may spend")
-    eval_updates: int = Field(20, ge=1, description="updates between two looks at the held-out prompts")
+    eval_updates: int = Field(25, ge=1, description="updates between two looks at the held-out prompts")
     dtype: Dtype = Field("float32", description="autocast dtype of the forward; master weights stay float32")
 
     @model_validator(mode="after")
