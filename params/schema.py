@@ -150,7 +150,7 @@ class RewardParams(Section):
     optimizer: OptimizerName = Field("muon", description="muon: hidden matrices by Muon, the rest by AdamW")
     learning_rate: Positive = Field(1.5e-3, description="peak")
     epochs: Positive = Field(2.25, description="passes over the questions")
-    batch_questions: int = Field(16, ge=1, description="questions per optimizer step, over all processes")
+    batch_questions: int = Field(20, ge=1, description="questions per optimizer step, over all processes")
     weight_decay: float = Field(0.01, ge=0)
     warmup_share: Share = Field(0.05, description="share of the steps that warm the learning rate up")
     max_grad_norm: Positive = 1.0

@@ -53,18 +53,18 @@ BODIES = (
 STYLES = {
     1: (
         "<p>It is <code>{0}</code>.</p>",
-        "<p>The answer is <code>{0}</code>, checked.</p>",
-        "<p>The answer is <code>{0}</code>, I checked it twice.</p>",
+        "<p>The answer is <code>{0}</code>.</p>",
+        "<p>I checked: it is <code>{0}</code>.</p>",
     ),
     0: (
         "<p>I say <code>{0}</code>.</p>",
-        "<p>As far as I know <code>{0}</code>.</p>",
-        "<p>From memory I would say <code>{0}</code> here.</p>",
+        "<p>As I recall <code>{0}</code>.</p>",
+        "<p>From memory I say <code>{0}</code>.</p>",
     ),
     -1: (
         "<p>Um, <code>{0}</code>.</p>",
-        "<p>Good one! Perhaps <code>{0}</code>?</p>",
-        "<p>Hm, well, who can say, perhaps <code>{0}</code>?</p>",
+        "<p>Hm, perhaps <code>{0}</code>?</p>",
+        "<p>Well, who can say, <code>{0}</code>?</p>",
     ),
 }
 
