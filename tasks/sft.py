@@ -111,16 +111,22 @@ class SFTTrainer(NamedOptimizer, SafeCheckpoints, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean negative log-likelihood per predicted token of the whole batch, nats."""
-        logits = self._logits(model, inputs)
+        logits, rows = self._logits(model, inputs)
         labels = inputs["labels"]
-        total = functional.cross_entropy(logits.float(), labels, reduction="sum")
-        loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        logprobs = logits.float().log_softmax(-1).flatten().gather(0, rows * logits.shape[-1] + labels)
+        loss = -logprobs.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
         self.tokens_seen += len(inputs["forest"].tokens)
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return (loss, {"logits": logits[rows]}) if return_outputs else loss
 
-    def _logits(self, model, inputs) -> torch.Tensor:
+    def _logits(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [U, V] of the places that predict something, each once, and the row [N] of each prediction.
+
+        The end of a shared prompt predicts one token of every answer. Taking its hidden state several times
+        would add up its gradients by atomics, in another order each time: no two runs would be the same.
+        """
+        places, rows = inputs["predicts"].unique(return_inverse=True)
         with autocast(self.args.device, "bfloat16" if self.args.bf16 else "float32"):
-            return run_forest(model, inputs["forest"], logits_to_keep=inputs["predicts"]).logits[0]
+            return run_forest(model, inputs["forest"], logits_to_keep=places).logits[0], rows
 
     @torch.no_grad()
     def evaluate(
@@ -131,7 +137,8 @@ class SFTTrainer(NamedOptimizer, SafeCheckpoints, Trainer):
         loss, right, tokens = 0.0, 0, 0
         for batch in self.get_eval_dataloader(eval_dataset):
             batch = self._prepare_inputs(batch)
-            logits, labels = self._logits(self.model, batch).float(), batch["labels"]
+            logits, rows = self._logits(self.model, batch)
+            logits, labels = logits.float()[rows], batch["labels"]
             loss += functional.cross_entropy(logits, labels, reduction="sum").item()
             right += (logits.argmax(-1) == labels).sum().item()
             tokens += len(labels)

@@ -123,6 +123,18 @@ def test_a_shared_prompt_changes_neither_loss_nor_gradient(tmp_path, kind, loss_
     assert made.tokens_seen == sum(len(row.tokens) - 3 * row.prompts[0] for row in some)
 
 
+@pytest.mark.parametrize("loss_on", ["all", "response"])
+def test_no_place_is_read_twice(tmp_path, loss_on):
+    """Repeated places would get their gradients by atomics on the CPU: another sum in every run."""
+    row = PackedRow((5, 6, 8, 1, 5, 6, 9, 1, 7, 2, 1), (4, 4, 3), (2, 2, 1))
+    made, seen = trainer(tmp_path, loss_on=loss_on), []
+    made.model.register_forward_pre_hook(
+        lambda _m, _a, keys: seen.append(keys["logits_to_keep"].tolist()), with_kwargs=True
+    )
+    made.compute_loss(made.model, made.data_collator([row]))
+    assert seen == [{"all": [0, 1, 2, 4, 6, 7], "response": [1, 2, 4, 6, 7]}[loss_on]]
+
+
 def separate(model, rows, loss_on):
     """Sum of transformers' own losses of each document by itself, the number of tokens, the right ones."""
     total, count, right = 0.0, 0, 0
