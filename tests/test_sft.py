@@ -103,23 +103,29 @@ def test_nothing_is_shared_without_a_prompt_and_a_response(prompts):
     assert found["forest"].lengths == (4, 4) and len(found["labels"]) == 6
 
 
+def held_to_separate_documents(folder, kind, loss_on, some) -> SFTTrainer:
+    """A trainer whose loss and gradients on these rows are transformers' own on each document by itself."""
+    keys = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if kind == "gpt2" else {}
+    plain = tiny.causal(kind, **keys)
+    total, count, _ = separate(plain, some, loss_on)
+    (total / count).backward()
+    made = trainer(folder, model=tiny.causal(kind, **keys), loss_on=loss_on)
+    loss = made.compute_loss(made.model, made.data_collator(some))
+    loss.backward()
+    assert tiny.far(loss.item(), (total / count).item()) <= 1e-5
+    assert tiny.far_gradients(tiny.gradients(made.model), tiny.gradients(plain)) <= 1e-5
+    return made
+
+
 @pytest.mark.parametrize("loss_on", ["all", "response"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_shared_prompt_changes_neither_loss_nor_gradient(tmp_path, kind, loss_on):
-    keys = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if kind == "gpt2" else {}
     some = []
     for prompt in tiny.drawn((6, 1, 11)):
         texts = [[*prompt, *tail] for tail in tiny.drawn((1, 5, 9, 2), len(prompt))]
         lengths = tuple(map(len, texts))
         some.append(PackedRow(tuple(t for text in texts for t in text), lengths, (len(prompt),) * 4))
-    plain = tiny.causal(kind, **keys)
-    total, count, _ = separate(plain, some, loss_on)
-    (total / count).backward()
-    made = trainer(tmp_path, model=tiny.causal(kind, **keys), loss_on=loss_on)
-    loss = made.compute_loss(made.model, made.data_collator(some))
-    loss.backward()
-    assert tiny.far(loss.item(), (total / count).item()) <= 1e-5
-    assert tiny.far_gradients(tiny.gradients(made.model), tiny.gradients(plain)) <= 1e-5
+    made = held_to_separate_documents(tmp_path, kind, loss_on, some)
     assert made.tokens_seen == sum(len(row.tokens) - 3 * row.prompts[0] for row in some)
 
 
@@ -154,15 +160,8 @@ def separate(model, rows, loss_on):
 @pytest.mark.parametrize("loss_on", ["all", "response"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_loss_is_transformers_own(tmp_path, kind, loss_on):
-    keys = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if kind == "gpt2" else {}
-    plain, some = tiny.causal(kind, **keys), rows(5)
-    total, count, _ = separate(plain, some, loss_on)
-    (total / count).backward()
-    made = trainer(tmp_path, model=tiny.causal(kind, **keys), loss_on=loss_on)
-    loss = made.compute_loss(made.model, made.data_collator(some))
-    loss.backward()
-    assert tiny.far(loss.item(), (total / count).item()) <= 1e-5
-    assert tiny.far_gradients(tiny.gradients(made.model), tiny.gradients(plain)) <= 1e-5
+    some = rows(5)
+    made = held_to_separate_documents(tmp_path, kind, loss_on, some)
     assert made.tokens_seen == sum(len(row.tokens) for row in some)
 
 

@@ -7,6 +7,7 @@ import tiny
 import torch
 from torch.nn import functional
 
+from tasks.lm import forest
 from tasks.lm.forest import Segment, enable_forest, forest_attention, plant, run_forest
 
 SERVED = ("llama", "gpt2", "qwen2", "opt", "gpt_neox", "mistral", "gemma")
@@ -81,6 +82,28 @@ def test_hidden_states_of_any_lengths(lengths):
     alone = [model(input_ids=torch.tensor([s.tokens])).logits[0] for s in segments]
     enable_forest(model)
     assert tiny.far(run_forest(model, plant(segments)).logits[0], torch.cat(alone)) <= CLOSE
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_small_and_large_blocks_are_attended_alike(monkeypatch, kind):
+    """The two products for few keys and SDPA for many: the same hidden states and gradients."""
+    keys = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if kind == "gpt2" else {}
+    found, calls, sdpa = [], [], forest.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        forest.functional, "scaled_dot_product_attention", lambda *a, **k: (calls.append(1), sdpa(*a, **k))[1]
+    )
+    for most in (forest.SMALL_BLOCK, 0):
+        monkeypatch.setattr(forest, "SMALL_BLOCK", most)
+        model = tiny.causal(kind, **keys)
+        enable_forest(model)
+        tokens = tiny.drawn((9, 4, 40))
+        grown = plant([Segment(tokens[0]), Segment(tokens[1], 0), Segment(tokens[2], 0)])
+        logits = run_forest(model, grown).logits
+        logits.square().mean().backward()
+        found.append((logits.detach(), tiny.gradients(model), len(calls)))
+    assert found[0][2] == 0 < found[1][2], "each way was taken"
+    assert tiny.far(found[1][0], found[0][0]) <= CLOSE
+    assert tiny.far_gradients(found[1][1], found[0][1]) <= CLOSE
 
 
 def test_the_order_of_the_documents_does_not_matter():
