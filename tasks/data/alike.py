@@ -9,7 +9,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.data.parallel import ordered_map
+from tasks.data.parallel import Crew
 from tasks.data.split import Clusters, fingerprint, marks
 
 KINDS = ("title", "body")
@@ -51,10 +51,10 @@ def cluster(base: duckdb.DuckDBPyConnection, questions: Path, links: Path) -> Cl
     return clusters
 
 
-def overlaps(base: duckdb.DuckDBPyConnection, files: Mapping[str, Path], processes: int) -> dict[str, int]:
+def overlaps(base: duckdb.DuckDBPyConnection, files: Mapping[str, Path], crew: Crew) -> dict[str, int]:
     """How many ids, titles and bodies stand in several splits; from what was written, not from `cluster`."""
     base.execute("CREATE OR REPLACE TABLE homes (kind VARCHAR, mark BLOB, split VARCHAR)")
-    for found in ordered_map(_homes, _batches(files), processes):
+    for found in crew.map(_homes, _row_groups(files)):
         base.register("found", found)
         base.execute("INSERT INTO homes SELECT * FROM found")
         base.unregister("found")
@@ -62,20 +62,23 @@ def overlaps(base: duckdb.DuckDBPyConnection, files: Mapping[str, Path], process
     return {kind: shared.get(kind, 0) for kind in ("id", *KINDS)}
 
 
-def _batches(files: Mapping[str, Path]) -> Iterator[tuple[str, pa.RecordBatch]]:
+def _row_groups(files: Mapping[str, Path]) -> Iterator[tuple[str, Path, int]]:
     for split, path in files.items():
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(4096, columns=["site", "id", "title", "text"]):
-                yield split, batch
+        for number in range(pq.read_metadata(path).num_row_groups):
+            yield split, path, number
 
 
-def _homes(split_and_batch: tuple[str, pa.RecordBatch]) -> pa.Table:
-    split, batch = split_and_batch
-    rows = []
-    for question in batch.to_pylist():
+def _homes(row_group: tuple[str, Path, int]) -> pa.Table:
+    split, path, number = row_group
+    with pq.ParquetFile(path) as file:
+        questions = file.read_row_group(number, columns=["site", "id", "title", "text"]).to_pylist()
+    parts = []
+    for question in questions:
         title, text = question["title"], question["text"]
-        body = text.removeprefix(title).removeprefix("\n\n") if title else text
-        for mark in (("id", f"{question['site']}/{question['id']}"), *marks(title, body)):
+        parts.append((title, text.removeprefix(title).removeprefix("\n\n") if title else text))
+    rows = []
+    for question, found in zip(questions, marks(parts), strict=True):
+        for mark in (("id", f"{question['site']}/{question['id']}"), *found):
             rows.append((mark[0], fingerprint(mark), split))
     columns = zip(*rows, strict=True) if rows else ([], [], [])
     arrays = [pa.array(values, field.type) for values, field in zip(columns, HOMES, strict=True)]

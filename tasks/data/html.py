@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from html.entities import name2codepoint
+from collections.abc import Sequence
 from typing import Any
 
 import markdownify_rs
 from bs4 import MarkupResemblesLocatorWarning, ParserRejectedMarkup
 from markdownify import MarkdownConverter
 
-LANGUAGE = re.compile(r"lang(?:uage)?-([\w+#-]+)$")
+from tasks.data.plain import first_language, languages_if_plain
+
 IMAGE = re.compile(r"!\[[^]]*\]\([^)]*\)")
 WORD = re.compile(r"\w")
 LINK_TARGET = re.compile(r"\]\([^)]*\)")
@@ -31,25 +32,21 @@ OPTIONS = {
     "sub_symbol": "<sub>",
     "sup_symbol": "<sup>",  # 10<sup>2</sup> must not become 102
 }
-TAGS = "p|a|code|pre|em|strong|b|i|ul|ol|li|blockquote|h[1-6]|br|hr|img|sup|sub|kbd|del|s|strike|div|span"
-REFERENCE = (  # the common ones first; an alternation is tried in order
-    rf"&(?:amp|lt|gt|quot|{'|'.join(sorted(name2codepoint))}"
-    r"|\#(?:3[2-9]|[4-9][0-9]|[1-9][0-9]{2,3})|\#x(?:[2-9a-fA-F]|[1-9a-fA-F][0-9a-fA-F])[0-9a-fA-F]);"
-)
-ATTRIBUTE = rf'\ [a-z]++="(?:[^"<>&\x00-\x1f]++|{REFERENCE})*+"'
-COMMENT = r"<!--\ [a-z][a-z:\ ]*+-->"
-PLAIN = re.compile(
-    rf"(?:[^<&\x00-\x08\x0b-\x1f]++|{REFERENCE}|</?(?:{TAGS})(?:{ATTRIBUTE})*+\ ?/?>|{COMMENT})*+",
-    re.VERBOSE,
-)
-TAG = re.compile(r"<(/?)([a-z][a-z0-9]*)([^>]*)>")
-VOID = {"br", "hr", "img"}
-DEEPEST = 40  # of what the fast converter gets; ten levels are rare in a post
+TEXTS_AT_A_TIME = 2000  # a few megabytes, which the processor's cache holds
 LANGUAGE_MARK = "\x01"  # no post has it: XML forbids it
 
 
 class HTMLError(ValueError):
     """HTML that cannot be converted, for instance nested a thousand deep."""
+
+
+def to_markdowns(texts: Sequence[str]) -> list[str | None]:
+    """The HTML of many posts as Markdown; None where the converter gives up."""
+    found: list[str | None] = []
+    for start in range(0, len(texts), TEXTS_AT_A_TIME):
+        part = texts[start : start + TEXTS_AT_A_TIME]
+        found += map(_converted, part, languages_if_plain(part))
+    return found
 
 
 def to_markdown(html: str) -> str:
@@ -58,7 +55,17 @@ def to_markdown(html: str) -> str:
     Raises:
         HTMLError: the converter gives up.
     """
-    languages = _languages_if_plain(html)
+    return _convert(html, *languages_if_plain([html]))
+
+
+def _converted(html: str, languages: Sequence[str] | None) -> str | None:
+    try:
+        return _convert(html, languages)
+    except HTMLError:
+        return None
+
+
+def _convert(html: str, languages: Sequence[str] | None) -> str:
     if languages is None:
         return convert_slowly(html)
     if not languages:
@@ -82,43 +89,11 @@ def convert_slowly(html: str) -> str:
 
 def has_words(markdown: str) -> bool:
     """Whether a reader of plain text finds anything: images and link targets alone are nothing."""
+    if WORD.search(markdown, 0, max(0, markdown.find("["))):  # nearly all
+        return True
     if "](" in markdown:
         markdown = LINK_TARGET.sub("]", IMAGE.sub("", markdown))
     return WORD.search(markdown) is not None
-
-
-def _languages_if_plain(html: str) -> list[str] | None:
-    """The languages of its code blocks, [] where none is named; None for HTML that is not plain.
-
-    Plain means: known tags and references only, every tag closed by its own, and no fence inside.
-    """
-    if "```" in html or not PLAIN.fullmatch(html):
-        return None
-    languages: list[str] = []
-    nested: list[str] = []
-    for closing, name, attributes in TAG.findall(html):
-        if closing:
-            if not nested or nested.pop() != name:
-                return None
-        elif name not in VOID:
-            if attributes.endswith("/") or len(nested) == DEEPEST or (name == "pre" and "pre" in nested):
-                return None
-            nested.append(name)
-            if name == "pre":
-                languages.append(_language_of(attributes))
-    if nested:
-        return None
-    return languages if any(languages) else []
-
-
-def _language_of(attributes: str) -> str:
-    classes = re.search(r' class="([^"]*)"', attributes)
-    return _first_language(classes.group(1).split() if classes else [])
-
-
-def _first_language(classes: list[str]) -> str:
-    found = (LANGUAGE.match(name) for name in classes)
-    return next((match.group(1) for match in found if match and match.group(1) != "none"), "")
 
 
 class _Converter(MarkdownConverter):
@@ -135,7 +110,7 @@ class _Converter(MarkdownConverter):
 
 def _language(pre: Any) -> str:
     """The language of a code block, "py" for `<pre class="lang-py prettyprint-override">`; else ""."""
-    return _first_language([name for name in pre.get_attribute_list("class") if name])
+    return first_language([name for name in pre.get_attribute_list("class") if name])
 
 
 _SLOW = _Converter(code_language_callback=_language, **OPTIONS)

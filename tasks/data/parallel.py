@@ -5,40 +5,101 @@ from __future__ import annotations
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Generic, TypeVar
+
+import pyarrow as pa
 
 from tasks.run.lifetime import tie_to_parent
 
 A, B = TypeVar("A"), TypeVar("B")
 
 
-def ordered_map(function: Callable[[A], B], items: Iterable[A], processes: int) -> Iterator[B]:
-    """`map`, in `processes` other processes where these are more than one; few items wait at any time.
+class Crew:
+    """Other processes, once they are worth their start; until then this one does the work. A context.
 
     Args:
-        function: of a module, so that another process can import it.
-        items: small enough to be sent.
-        processes: 1: in this one.
+        processes: how many; 1: only this one, ever.
     """
-    if processes == 1:
-        yield from map(function, items)
-        return
-    # spawn: a forked child of a process with threads may hang
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_start) as pool:
-        running: deque = deque()
+
+    def __init__(self, processes: int) -> None:
+        give_memory_back()
+        self._processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def start(self) -> None:
+        """From now on, others work; again does nothing."""
+        if self._processes > 1 and not self._pool:
+            # spawn: a forked child of a process with threads may hang
+            self._pool = ProcessPoolExecutor(self._processes, get_context("spawn"), initializer=_begin)
+
+    def map(self, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+        """`map`, in order; few items wait at any time. The function is a module's, the items can be sent."""
+        found: deque[B] = deque()
+        queue = self.queue(function, found.append)
+        for item in items:
+            queue.put(item)
+            while found:
+                yield found.popleft()
+        queue.close()
+        yield from found
+
+    def queue(self, function: Callable[[A], B], take: Callable[[B], object]) -> Queue[A, B]:
+        """`map` for a producer that pushes: `take` gets the results, in order, while it does."""
+        return Queue(self, function, take)
+
+    def submit(self, function: Callable[[A], B], item: A) -> Future[B]:
+        """The result, soon; whatever the function raises is in it."""
+        if self._pool:
+            return self._pool.submit(function, item)
+        future: Future[B] = Future()
         try:
-            for item in items:
-                running.append(pool.submit(function, item))
-                if len(running) > 2 * processes:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            future.set_result(function(item))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    @property
+    def most_waiting(self) -> int:
+        """How many items may be on their way."""
+        return 2 * self._processes if self._pool else 0
 
 
-def _start() -> None:
+class Queue(Generic[A, B]):
+    """Items in, results out in the same order."""
+
+    def __init__(self, crew: Crew, function: Callable[[A], B], take: Callable[[B], object]) -> None:
+        self._crew, self._function, self._take = crew, function, take
+        self._running: deque[Future[B]] = deque()
+
+    def put(self, item: A) -> None:
+        """Waits, while many are on their way, for the first of them."""
+        self._running.append(self._crew.submit(self._function, item))
+        self._take_until(self._crew.most_waiting)
+
+    def close(self) -> None:
+        """Wait for all."""
+        self._take_until(0)
+
+    def _take_until(self, most: int) -> None:
+        while len(self._running) > most:
+            self._take(self._running.popleft().result())
+
+
+def give_memory_back() -> None:
+    """Arrow takes memory from the system, which gets it back; its own pool would keep a quarter more."""
+    pa.set_memory_pool(pa.system_memory_pool())
+
+
+def _begin() -> None:
+    give_memory_back()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its children
     tie_to_parent()

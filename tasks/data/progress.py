@@ -9,25 +9,25 @@ EVERY_SECONDS = 3.0
 
 
 class Progress:
-    """Counts megabytes and rows; prints to stderr only, for nothing timed may enter an out."""
+    """Counts megabytes; prints to stderr only, for nothing timed may enter an out."""
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._start = self._last = time.monotonic()
         self._bytes = 0
 
-    def add(self, size: int, rows: int) -> None:
-        """Another `size` bytes are done, and `rows` rows in all."""
+    def add(self, size: int) -> None:
+        """Another `size` bytes are done."""
         self._bytes += size
         if time.monotonic() - self._last >= EVERY_SECONDS:
             self._last = time.monotonic()
-            self._print(rows)
+            self._print()
 
-    def done(self, rows: int) -> None:
+    def done(self) -> None:
         """Print the last line, whatever the clock says."""
-        self._print(rows)
+        self._print()
 
-    def _print(self, rows: int) -> None:
+    def _print(self) -> None:
         megabytes, seconds = self._bytes / 1e6, max(time.monotonic() - self._start, 1e-6)
-        line = f"data: {self._what}: {rows:,} rows, {megabytes:.1f} MB, {megabytes / seconds:.1f} MB/s"
+        line = f"data: {self._what}: {megabytes:,.1f} MB, {megabytes / seconds:.1f} MB/s"
         print(line, file=sys.stderr, flush=True)

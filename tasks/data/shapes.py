@@ -53,6 +53,7 @@ def read_shape(source: Source, shelf: Shelf) -> set[str]:
         sites.add(shelf.site)
         for post in posts:
             shelf.add(post)
+    shelf.flush()
     return sites
 
 
@@ -167,4 +168,3 @@ def _owner(value: Any) -> int | None:
 def _hash(*parts: object) -> int:
     """A positive id of 63 bits."""
     return int.from_bytes(sha256("\0".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
-

@@ -1,21 +1,23 @@
-"""Posts on disk, as they come: a Parquet file with the texts, so that memory does not grow with the dump."""
+"""Posts on disk, as they come: books of them and a list of all; memory does not grow with the dump."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.data.records import Post
 
-CHARACTERS_PER_GROUP = 8_000_000
+CHARACTERS_PER_BOOK = 8_000_000
 QUESTION, ANSWER = "question", "answer"  # of the column `what`; else the reason why the row is dropped
 POSTS = pa.schema(
     [
-        ("row", pa.int64()),  # running number over all sites
         ("site", pa.string()),
         ("id", pa.int64()),
         ("what", pa.string()),
@@ -32,15 +34,43 @@ POSTS = pa.schema(
         ("licence", pa.string()),
     ]
 )
+LISTED = ("site", "id", "what", "parent_id")
+LIST = pa.schema([("row", pa.int64()), *(POSTS.field(name) for name in LISTED)])  # row: running number
 LINKS = pa.schema([("site", pa.string()), ("a", pa.int64()), ("b", pa.int64())])
-_OTHER = (None, None, None, None, None, None, None, None, None, None, None)
+LZ4 = pa.ipc.IpcWriteOptions(compression="lz4")
+
+
+@dataclass(frozen=True, slots=True)
+class Book:
+    """What a shelf knows of some posts: ``Book(Path("work/000007.arrow"), table, 3, 1_200_000)``.
+
+    Attributes:
+        path: Arrow file of `POSTS`.
+        listed: its columns `LISTED`.
+        without_id: rows that are not in it.
+        characters: of its texts.
+    """
+
+    path: Path
+    listed: pa.Table
+    without_id: int
+    characters: int
+
+
+def write_book(posts: pa.Table, rows: int, path: Path) -> Book:
+    """Write posts of `POSTS`, which come from so many rows."""
+    with pa.ipc.new_file(path, POSTS, options=LZ4) as file:
+        file.write_table(posts)
+    characters = pc.sum(pc.utf8_length(posts["text"])).as_py() or 0
+    return Book(path, posts.select(LISTED), rows - len(posts), characters)
 
 
 class Shelf:
-    """Takes posts in any order; a context, after which `posts` and `links` can be read.
+    """Takes posts in any order; a context, after which `posts`, `links` and the books can be read.
 
     Attributes:
-        posts: Parquet file of `POSTS`.
+        posts: Parquet file of `LIST`: all posts.
+        books: where the posts are, and the numbers of those in each.
         folder: theirs, with room for more.
         links: Parquet file of `LINKS`: questions a and b of a site are duplicates.
         site: whose posts come next.
@@ -52,61 +82,67 @@ class Shelf:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.posts, self.links = folder / "posts.parquet", folder / "links.parquet"
+        self.books: list[tuple[Path, range]] = []
         self.site = ""
         self.rows = self.characters = 0
         self.drops: Counter[str] = Counter()
-        self._rows: list[tuple] = []
-        self._waiting = 0
-        self._linked: list[tuple] = []
+        self._paths = self._listed = 0
+        self._waiting: list[dict] = []
+        self._size = 0
+        self._linked: list[dict] = []
 
     def __enter__(self) -> Shelf:
-        # texts repeat too rarely for a dictionary, which costs as much as all the rest
-        self._posts = pq.ParquetWriter(self.posts, POSTS, compression="lz4", use_dictionary=["site", "what"])
+        self._posts = pq.ParquetWriter(self.posts, LIST, compression="lz4", use_dictionary=["site", "what"])
         self._links = pq.ParquetWriter(self.links, LINKS, compression="lz4")
         return self
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._flush()
+        self.flush()
         self._posts.close()
         self._links.close()
+
+    def next_path(self) -> Path:
+        """Where a book may be written that `take` will get."""
+        self._paths += 1
+        return self.folder / f"{self._paths:06}.arrow"
+
+    def take(self, book: Book) -> None:
+        """A book, after all that came before it."""
+        count = len(book.listed)
+        numbers = range(self._listed, self._listed + count)
+        self._posts.write_table(
+            book.listed.add_column(0, LIST.field("row"), pa.array(np.arange(numbers.start, numbers.stop)))
+        )
+        self.books.append((book.path, numbers))
+        self._listed += count
+        self.rows += count + book.without_id
+        self.characters += book.characters
+        if book.without_id:
+            self.drops["row_without_id"] += book.without_id
 
     def add(self, post: Post) -> None:
         """A question or an answer of `site`."""
         what = QUESTION if post.parent_id is None else ANSWER
-        self._put(
-            (self.rows, self.site, post.id, what, post.parent_id, post.accepted_id, post.votes, post.score,
-             post.title, post.text, post.is_html, post.tags, post.created, post.owner_id, post.licence)
-        )  # fmt: skip
-        self.characters += len(post.text)
-        self._waiting += len(post.text)
-        if self._waiting > CHARACTERS_PER_GROUP:
-            self._flush()
-
-    def add_other(self, number: int, reason: str) -> None:
-        """A row with an id that will be dropped for `reason`; a later row with its id is a duplicate."""
-        self._put((self.rows, self.site, number, reason, *_OTHER))
+        self._waiting.append({"site": self.site, "what": what, **asdict(post)})
+        self._size += len(post.text)
+        if self._size > CHARACTERS_PER_BOOK:
+            self.flush()
 
     def add_drop(self, reason: str) -> None:
-        """A row without an id."""
+        """A row that cannot be read."""
         self.drops[reason] += 1
         self.rows += 1
 
     def add_link(self, a: int, b: int) -> None:
         """Questions a and b of `site` ask the same."""
-        self._linked.append((self.site, a, b))
+        self._linked.append({"site": self.site, "a": a, "b": b})
+        if len(self._linked) == 50_000:
+            self.flush()
 
-    def _put(self, row: tuple) -> None:
-        self._rows.append(row)
-        self.rows += 1
-        if len(self._rows) > 50_000:
-            self._flush()
-
-    def _flush(self) -> None:
-        for writer, schema, rows in (
-            (self._posts, POSTS, self._rows),
-            (self._links, LINKS, self._linked),
-        ):
-            if rows:
-                columns = [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), schema, strict=True)]
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-        self._rows, self._linked, self._waiting = [], [], 0
+    def flush(self) -> None:
+        """Write what was added; to be called before `take`."""
+        if self._waiting:
+            posts = pa.Table.from_pylist(self._waiting, schema=POSTS)
+            self.take(write_book(posts, len(posts), self.next_path()))
+        self._links.write_table(pa.Table.from_pylist(self._linked, schema=LINKS))
+        self._waiting, self._linked, self._size = [], [], 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -14,19 +14,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from params.schema import Params
+from tasks.data import deal as dealing
 from tasks.data.alike import cluster, overlaps
 from tasks.data.card import Tally, card_of, metrics_of
+from tasks.data.deal import Deal, buckets, deal
 from tasks.data.engine import connect
-from tasks.data.join import asked_by_site, grouped, join
-from tasks.data.parallel import ordered_map
+from tasks.data.join import asked_by_site, join, kept
+from tasks.data.join import questions as questions_of
+from tasks.data.parallel import Crew
 from tasks.data.posts import read_dump
 from tasks.data.progress import Progress
-from tasks.data.questions import assemble
+from tasks.data.questions import Gather, gather
 from tasks.data.shapes import read_shape
 from tasks.data.shelf import Shelf
 from tasks.data.sources import DumpError, Source, find_sources, site_of
 from tasks.data.split import SPLITS, Homes
-from tasks.data.write import SCHEMA, UNSPLIT, SplitWriter, table_of
+from tasks.data.write import KEYS, SCHEMA, SplitWriter
 from tasks.run.files import remove, staged
 from tasks.run.layout import Layout, StageResult
 from tasks.run.tracking import log_artifact, log_dataset
@@ -53,8 +56,8 @@ def run(params: Params, layout: Layout) -> StageResult:
             sources, expected, facts = _sample_site(params, work)
         else:
             sources, expected, facts = find_sources(params.data.source, layout.root / "data" / "raw"), {}, {}
-        with connect(work, params.machine.threads) as base:
-            metrics = _prepare(sources, expected, params, layout, work, base)
+        with connect(work, params.machine.threads) as base, Crew(params.machine.threads) as crew:
+            metrics = _prepare(sources, expected, params, layout, work, base, crew)
     finally:
         remove(work)
     _remember(params, layout, metrics)
@@ -69,21 +72,24 @@ def _prepare(
     layout: Layout,
     work: Path,
     base: duckdb.DuckDBPyConnection,
+    crew: Crew,
 ) -> dict[str, float]:
     with Shelf(work) as shelf:
-        sites = {s.path: read_shape(s, shelf) if s.is_table else read_dump(s, shelf) for s in sources}
-    processes = params.machine.threads if shelf.characters > INLINE_CHARACTERS else 1
+        sites = {s.path: read_shape(s, shelf) if s.is_table else read_dump(s, shelf, crew) for s in sources}
+    if shelf.characters > INLINE_CHARACTERS:
+        crew.start()
     drops = join(base, shelf, params.data.min_answers)
-    drops += convert(base, shelf, params.data.min_answers, work / "questions.parquet", processes)
+    parts, more = convert(base, shelf, params.data.min_answers, crew)
+    drops += more
     _refuse_empty_sources(base, sites, work / "questions.parquet", params.data.min_answers)
     clusters = cluster(base, work / "questions.parquet", shelf.links)
     homes = Homes(clusters, {name: getattr(params.data.split, name) for name in SPLITS})
     tally = Tally()
     with ExitStack() as outs:  # all are staged before the first takes its place
         files = {n: outs.enter_context(staged(layout.artifact("data", f"{n}.parquet"))) for n in SPLITS}
-        _write(_routed(work / "questions.parquet", homes), files, tally, expected)
+        _write(_routed(parts, homes), files, tally, expected, params.machine.threads)
         _refuse_empty_splits(tally)
-        overlap = overlaps(base, files, processes)
+        overlap = overlaps(base, files, crew)
         assert not any(overlap.values()), f"questions that look alike stand in two splits: {overlap}"
         metrics = metrics_of(tally, SPLITS, shelf.rows, drops, overlap) | {"moved": float(homes.moved)}
         card = card_of(tally, SPLITS, metrics, params.data.min_answers)
@@ -102,47 +108,67 @@ def _remember(params: Params, layout: Layout, metrics: dict[str, float]) -> None
 
 
 def convert(
-    base: duckdb.DuckDBPyConnection, shelf: Shelf, min_answers: int, path: Path, processes: int
-) -> Counter[str]:
-    """Write the questions of joined posts to `path`, sorted by (site, id); returns the drops by reason."""
+    base: duckdb.DuckDBPyConnection, shelf: Shelf, min_answers: int, crew: Crew
+) -> tuple[list[Path], Counter[str]]:
+    """Convert the posts that stay, bring them together, score the answers.
+
+    Returns:
+        Arrow files of `UNSPLIT`, which hold all questions sorted by (site, id), and the drops by reason.
+        What decides their splits is in questions.parquet, in the same order.
+    """
+    folders = shelf.folder / "buckets", shelf.folder / "parts"
+    for folder in folders:
+        folder.mkdir()
+    count = max(1, shelf.characters // dealing.CHARACTERS_PER_BUCKET)
+    per_bucket = max(1, -(-questions_of(base) // count))
+    progress = Progress("converting")
+    deals = (Deal(path, rows, places, folders[0], per_bucket) for path, rows, places in kept(base, shelf))
+    for characters in crew.map(deal, deals):
+        progress.add(characters)
+    progress.done()
     drops: Counter[str] = Counter()
-    progress, rows = Progress("converting"), 0
-    with pq.ParquetWriter(path, UNSPLIT, compression="lz4", use_dictionary=["site"]) as writer:
-        work = partial(_converted, min_answers=min_answers)
-        for table, dropped in ordered_map(work, grouped(base, shelf), processes):
-            writer.write_table(table)
+    parts: list[Path] = []
+    gathers = (Gather(files, min_answers, folders[1] / files[0].stem) for files in buckets(folders[0]))
+    with pq.ParquetWriter(shelf.folder / "questions.parquet", KEYS, use_dictionary=["site"]) as writer:
+        for path, keys, dropped in crew.map(gather, gathers):
+            writer.write_table(keys)
+            parts.append(path)
             drops += dropped
-            rows += len(table)
-            progress.add(table.nbytes, rows)
-    progress.done(rows)
-    return drops
+    return parts, drops
 
 
-def _converted(posts: pa.Table, min_answers: int) -> tuple[pa.Table, Counter[str]]:
-    questions, drops = assemble(posts, min_answers)
-    return table_of(questions), drops
-
-
-def _routed(questions: Path, homes: Homes) -> Iterator[tuple[str, pa.Table]]:
-    """(split, some of its questions), in order."""
-    with pq.ParquetFile(questions) as file:
-        for batch in file.iter_batches(4096):
-            table = pa.Table.from_batches([batch])
-            keys = zip(table["site"].to_pylist(), table["id"].to_pylist(), strict=True)
-            names = pa.array([homes.next(*key) for key in keys])
-            for name in SPLITS:
-                yield name, table.filter(pa.compute.equal(names, name))
+def _routed(parts: list[Path], homes: Homes) -> Iterator[dict[str, pa.Table]]:
+    """Some questions by split, in order."""
+    for path in parts:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        path.unlink()
+        keys = zip(table["site"].to_pylist(), table["id"].to_pylist(), strict=True)
+        names = pa.array([homes.next(*key) for key in keys], pa.string())
+        yield {name: table.filter(pa.compute.equal(names, name)) for name in SPLITS}
 
 
 def _write(
-    parts: Iterator[tuple[str, pa.Table]], files: dict[str, Path], tally: Tally, expected: Expected
+    parts: Iterator[dict[str, pa.Table]],
+    files: dict[str, Path],
+    tally: Tally,
+    expected: Expected,
+    threads: int,
 ) -> None:
     with ExitStack() as stack:
         writers = {name: stack.enter_context(SplitWriter(path)) for name, path in files.items()}
-        for name, questions in parts:
-            tally.add(name, questions)
-            columns = questions.select(SCHEMA.names)
-            writers[name].write(_with_expected(columns, expected) if name == "eval" else columns)
+        pool = stack.enter_context(ThreadPoolExecutor(threads))  # Arrow compresses without Python's lock
+        running: list[Future[None]] = []
+        for part in parts:
+            for name, questions in part.items():
+                tally.add(name, questions)
+                part[name] = questions.select(SCHEMA.names)
+            part["eval"] = _with_expected(part["eval"], expected)
+            for future in running:
+                future.result()
+            running = [pool.submit(writers[name].write, table) for name, table in part.items()]
+        for future in running:
+            future.result()
 
 
 def _refuse_empty_sources(

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from tasks.data.records import Question
-from tasks.data.split import fingerprint, marks
 
 ROWS_PER_GROUP = 4096
 ANSWER = pa.struct(
@@ -44,11 +39,7 @@ SCHEMA = pa.schema(
 
 # While the splits are unknown: with what decides them.
 UNSPLIT = SCHEMA.append(pa.field("pairs", pa.int32())).append(pa.field("marks", pa.list_(pa.binary(16))))
-
-
-def table_of(questions: Sequence[Question]) -> pa.Table:
-    """Questions as a table of `UNSPLIT`."""
-    return pa.Table.from_pylist([_row(question) for question in questions], schema=UNSPLIT)
+KEYS = pa.schema([UNSPLIT.field(name) for name in ("site", "id", "marks")])
 
 
 class SplitWriter:
@@ -77,12 +68,3 @@ class SplitWriter:
             table = pa.concat_tables(self._waiting)
             self._writer.write_table(table.slice(0, ROWS_PER_GROUP).combine_chunks())
             self._waiting = [table.slice(ROWS_PER_GROUP)]
-
-
-def _row(question: Question) -> dict[str, Any]:
-    row = {name: getattr(question, name) for name in SCHEMA.names}
-    names = [field.name for field in ANSWER]
-    row["answers"] = [{name: getattr(answer, name) for name in names} for answer in question.answers]
-    row["pairs"] = question.pairs
-    row["marks"] = [fingerprint(mark) for mark in marks(question.title, question.body)]
-    return row

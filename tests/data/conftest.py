@@ -5,18 +5,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from xml.sax.saxutils import quoteattr
 
-import pyarrow.parquet as pq
+import pyarrow as pa
 import pytest
 
 from tasks.data.engine import connect
-from tasks.data.join import grouped, join
+from tasks.data.join import join
+from tasks.data.parallel import Crew
 from tasks.data.posts import read_dump
-from tasks.data.questions import assemble
-from tasks.data.records import Question
 from tasks.data.shelf import Shelf
 from tasks.data.sources import Source, site_of
+from tasks.data.stage import convert
 from tasks.run.layout import Layout
 
 REPOSITORY = Path(__file__).parents[2]
@@ -96,32 +97,49 @@ def dumps() -> Path:
 
 @dataclass
 class Site:
-    """What became of a site's posts: the raw rows too, as they stand on the shelf."""
+    """What became of a site's posts: the raw rows too, as they stand on the shelf.
+
+    Questions, and their answers, have an attribute for each column.
+    """
 
     rows: int
     posts: dict[int, dict]
-    questions: list[Question]
+    questions: list[SimpleNamespace]
     drops: Counter[str]
 
 
-@pytest.fixture
-def assembled(tmp_path) -> Callable[..., Site]:
+def _read(path: Path) -> list[dict]:
+    with pa.ipc.open_file(path) as file:
+        return file.read_all().to_pylist()
+
+
+def _shelved(path: Path, work: Path) -> tuple[Shelf, list[dict]]:
+    with Shelf(work) as shelf, Crew(1) as crew:
+        read_dump(Source(path, site_of(path)), shelf, crew)
+    return shelf, [row for book, _ in shelf.books for row in _read(book)]
+
+
+@pytest.fixture(scope="session")
+def shelved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], tuple[Shelf, list[dict]]]:
+    """shelved(path): a dump read: the shelf, and all rows on it."""
+    return lambda path: _shelved(path, tmp_path_factory.mktemp("shelf"))
+
+
+@pytest.fixture(scope="session")
+def assembled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Site]:
     """assembled(path, min_answers=2): a dump read, joined and converted as the stage does it."""
 
     def function(path: Path, min_answers: int = 2) -> Site:
-        work = tmp_path / f"work{len(list(tmp_path.glob('work*')))}"
-        work.mkdir()
-        with Shelf(work) as shelf:
-            shelf.site = site_of(path)
-            read_dump(Source(path, shelf.site), shelf)
-        found = Site(shelf.rows, {}, [], Counter())
-        found.posts = {row["id"]: row for row in pq.read_table(shelf.posts).to_pylist()}
-        with connect(work, threads=1) as base:
+        work = tmp_path_factory.mktemp("work")
+        shelf, rows = _shelved(path, work)
+        found = Site(shelf.rows, {row["id"]: row for row in rows}, [], Counter())
+        with connect(work, threads=1) as base, Crew(1) as crew:
             found.drops += join(base, shelf, min_answers)
-            for table in grouped(base, shelf):
-                questions, drops = assemble(table, min_answers)
-                found.questions += questions
-                found.drops += drops
+            parts, drops = convert(base, shelf, min_answers, crew)
+        found.drops += drops
+        for question in (row for part in parts for row in _read(part)):
+            question["answers"] = [SimpleNamespace(**answer) for answer in question["answers"]]
+            found.questions.append(SimpleNamespace(**question))
         return found
 
     return function

@@ -47,7 +47,10 @@ def strip(content: bytes, draw: random.Random) -> bytes:
 
 @pytest.mark.parametrize("damage", [truncate, flip, splice, strip])
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_damaged_files(layout, tmp_path, xml, site, suffix, damage):
+def test_damaged_files(layout, tmp_path, xml, site, suffix, damage, monkeypatch):
+    monkeypatch.setattr(
+        "tasks.data.cut.BLOCK_BYTES", 5000
+    )  # damage in the first block, a later one, the last
     path = layout.root / "data" / "raw" / f"unix.example{suffix}"
     whole = packed(tmp_path, suffix, xml(site(60), bom=True))
     equal = dict.fromkeys(("sft", "reward", "rl", "eval"), 1.0)

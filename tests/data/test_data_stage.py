@@ -259,9 +259,8 @@ def test_other_processes_change_nothing(layout, two_sites, monkeypatch, processe
     run(two_sites, layout)
     before = outs(layout)
     monkeypatch.setattr(stage, "INLINE_CHARACTERS", 0)
-    monkeypatch.setattr("tasks.data.join.ROWS_PER_TABLE", 16)
-    monkeypatch.setattr("tasks.data.join.CHARACTERS_PER_BUCKET", 1000)
-    monkeypatch.setattr("tasks.data.shelf.CHARACTERS_PER_GROUP", 500)
+    monkeypatch.setattr("tasks.data.cut.BLOCK_BYTES", 5000)
+    monkeypatch.setattr("tasks.data.deal.CHARACTERS_PER_BUCKET", 1000)
     threads = two_sites.machine.model_copy(update={"threads": processes})
     run(two_sites.model_copy(update={"machine": threads}), layout)
     assert outs(layout) == before

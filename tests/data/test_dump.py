@@ -1,7 +1,9 @@
+import lzma
+
 import py7zr
 import pytest
 
-from tasks.data import dump
+from tasks.data import cut, dump
 from tasks.data.dump import read_rows
 from tasks.data.sources import DumpError, Source
 
@@ -52,6 +54,47 @@ def test_chunk_borders_do_not_matter(read, xml, monkeypatch):
         assert read(xml(rows, bom=True)) == rows
 
 
+@pytest.mark.parametrize("suffix", [".xml", ".xml.xz"])
+@pytest.mark.parametrize("size", [1, 40, 100, 1000])
+def test_where_it_is_cut_does_not_matter(tmp_path, xml, monkeypatch, suffix, size):
+    rows = [{"Id": str(i), "Body": "é <row> " * (i % 7)} for i in range(60)]
+    path = tmp_path / f"unix.example.Posts{suffix}"
+    content = xml(rows, newline="\r\n", bom=True)
+    path.write_bytes(lzma.compress(content) if suffix == ".xml.xz" else content)
+    monkeypatch.setattr(cut, "BLOCK_BYTES", size)
+    monkeypatch.setattr(cut, "PROBE_BYTES", 7)
+    monkeypatch.setattr("tasks.data.sources.CHUNK_BYTES", 64)
+    blocks, found = [], []
+    cut.cut(Source(path, "unix.example"), "posts", blocks.append)
+    assert len(blocks) > (1 if size == 1000 else 10)
+    assert [blocks[0].is_first, blocks[-1].is_last] == [True, True]
+    assert b"".join(b if isinstance(b := block.content, bytes) else b.read() for block in blocks) == content
+    assert read_rows(Source(path, "unix.example"), "posts", found.append) == 60
+    assert found == rows
+
+
+def test_an_error_counts_the_rows_of_all_blocks_before(tmp_path, xml, monkeypatch):
+    path = tmp_path / "unix.example.Posts.xml"
+    content = xml([{"Id": str(i)} for i in range(60)])
+    monkeypatch.setattr(cut, "BLOCK_BYTES", 100)
+    for bad in (content.replace(b'Id="50"', b'Id="&nbsp;"'), content.replace(b'<row Id="50"', b"<line")):
+        path.write_bytes(bad)
+        with pytest.raises(DumpError, match=r"unix\.example\.Posts\.xml: row 51: "):
+            read_rows(Source(path, "unix.example"), "posts", lambda row: None)
+
+
+@pytest.mark.parametrize("suffix", [".xml", ".xml.xz"])
+def test_a_file_without_rows_is_not_read_to_its_end(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"unix.example.Posts{suffix}"
+    content = b"<posts>" + b" " * 10_000
+    path.write_bytes(lzma.compress(content) if suffix == ".xml.xz" else content)
+    monkeypatch.setattr(cut, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(cut, "LONGEST_ROW", 1000)
+    monkeypatch.setattr("tasks.data.sources.CHUNK_BYTES", 500)
+    with pytest.raises(DumpError, match=r"no dump of posts: 1,[05]00 bytes without a <row>"):
+        read_rows(Source(path, "unix.example"), "posts", lambda row: None)
+
+
 def test_another_table(read):
     assert read('<postlinks><row Id="3"/></postlinks>', table="postlinks") == [{"Id": "3"}]
 
@@ -61,8 +104,8 @@ def test_another_table(read):
     [
         (b"", "row 1: not a well-formed UTF-8 dump"),
         (b"hello", "row 1: not a well-formed UTF-8 dump"),
-        (b'<posts>\n<row Id="1"/>\n<row Id="2"/>', r"row 3: .*Premature end of data.*line 3"),
-        (b'<posts>\n<row Id="1"/>\n<row Id="2', r"row 2: .*line 3"),
+        (b'<posts>\n<row Id="1"/>\n<row Id="2"/>', "row 3: .*Premature end of data in tag posts\\)"),
+        (b'<posts>\n<row Id="1"/>\n<row Id="2', "row 2: not a well-formed UTF-8 dump"),
         (b'<posts><row Id="1"/></posts>junk', "row 2: .*Extra content"),
         (b'<posts><row Id="1" Id="2"/></posts>', "row 1: .*redefined"),
         (b'<posts><row Id="&nbsp;"/></posts>', "row 1: .*nbsp"),
@@ -102,11 +145,11 @@ def test_comments_and_instructions_are_nothing(read):
 
 def test_long_reading_shows_progress(read, xml, monkeypatch, capsys):
     monkeypatch.setattr("tasks.data.progress.EVERY_SECONDS", 0.0)
-    monkeypatch.setattr("tasks.data.sources.CHUNK_BYTES", 1000)
+    monkeypatch.setattr(cut, "BLOCK_BYTES", 1000)
     read(xml([{"Id": "1", "Body": "x" * 50}] * 100))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 5
-    assert lines[-1].startswith("data: reading posts of unix.example: 100 rows, 0.0 MB, ")
+    assert lines[-1].startswith("data: reading posts of unix.example: 0.0 MB, ")
 
 
 def test_what_the_row_handler_raises_passes_through(tmp_path, xml):

@@ -65,8 +65,26 @@ POST = st.lists(
 ).map("".join)  # fmt: skip
 
 
+SPACE = st.sampled_from(("", "\n", "\n  "))
+INSIDE = st.one_of(
+    LEAF, st.tuples(st.sampled_from(TAGS), st.lists(LEAF, max_size=1), st.integers(0, 9)).map(element)
+)
+CELL = st.tuples(
+    st.sampled_from(("td", "td", "th")), st.sampled_from(("", ' align="left"', ' colspan="2"')), INSIDE
+)
+ROW = st.tuples(SPACE, st.lists(CELL.map(lambda c: f"<{c[0]}{c[1]}>{c[2]}</{c[0]}>"), max_size=2)).map(
+    lambda row: f"<tr>{row[0]}{row[0].join(row[1])}</tr>"
+)
+PART = st.tuples(st.sampled_from(("thead", "tbody")), SPACE, st.lists(ROW, max_size=2)).map(
+    lambda part: f"<{part[0]}>{part[1].join(part[2])}</{part[0]}>"
+)
+TABLE = st.tuples(SPACE, LEAF, st.lists(st.one_of(PART, ROW), max_size=2)).map(
+    lambda table: f"{table[1]}<table>{table[0]}{table[0].join(table[2])}</table>{table[1]}"
+)
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(POST)
+@given(st.one_of(POST, TABLE))
 def test_any_html(text):
     assert convert(to_markdown, text) == convert(convert_slowly, text)
 

@@ -8,18 +8,11 @@ import re
 from collections import Counter
 from itertools import combinations
 
-import pyarrow.parquet as pq
 import pytest
 
 from params.schema import Params
-from tasks.data.engine import connect
-from tasks.data.join import grouped, join
-from tasks.data.posts import read_dump
-from tasks.data.questions import assemble
 from tasks.data.sample import OPENERS, SITE, STYLES, draw_value, votes_of, write_site
 from tasks.data.score import answer_score
-from tasks.data.shelf import Shelf
-from tasks.data.sources import Source
 from tasks.data.world import TEMPLATES, world
 
 DEFAULT = Params().data.sample.questions
@@ -32,19 +25,12 @@ def site(tmp_path_factory):
     return folder / SITE, write_site(folder, DEFAULT, seed=0)
 
 
-def shelved(folder, path) -> Shelf:
-    """The posts of a dump, through the reader of real dumps."""
-    with Shelf(folder) as shelf:
-        read_dump(Source(path, SITE), shelf)
-    return shelf
-
-
 @pytest.fixture(scope="module")
-def posts(site, tmp_path_factory) -> dict[int, dict]:
+def posts(site, shelved) -> dict[int, dict]:
     """Every row by its id; `what` says question, answer, or why it is neither."""
-    shelf = shelved(tmp_path_factory.mktemp("shelf"), site[0] / "Posts.xml")
+    shelf, rows = shelved(site[0] / "Posts.xml")
     assert not shelf.drops
-    return {row["id"]: row for row in pq.read_table(shelf.posts).to_pylist()}
+    return {row["id"]: row for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -58,15 +44,11 @@ def answers(posts) -> dict[int, dict]:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small(assembled, tmp_path_factory):
     """A site of 2500 questions as the data stage publishes it: (questions, expected values by id)."""
     folder = tmp_path_factory.mktemp("small")
     write_site(folder, 2500, seed=3)
-    shelf, found = shelved(folder, folder / SITE / "Posts.xml"), []
-    with connect(folder, threads=1) as base:
-        join(base, shelf, 2)
-        for table in grouped(base, shelf):
-            found += assemble(table, 2)[0]
+    found = assembled(folder / SITE / "Posts.xml").questions
     rows = map(json.loads, (folder / SITE / "expected.jsonl").read_text().splitlines())
     return found, {row["question_id"]: row["expected"] for row in rows}
 
