@@ -1,4 +1,7 @@
-"""DuckDB, within bounds: what does not fit into its share of memory goes to disk."""
+"""DuckDB, within bounds: what does not fit into its share of memory goes to disk.
+
+Spilling has its limits: a join or a count of more rows than `ROWS_PER_PART` is made part by part.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ from pathlib import Path
 
 import duckdb
 
-MEMORY = "384MB"
+MEMORY = "192MB"
+ROWS_PER_PART = 8_000_000
+OF_PART = "({} % $parts + $parts) % $parts = $part"  # of a whole number that may be negative
 
 
 def connect(folder: Path, threads: int) -> duckdb.DuckDBPyConnection:
@@ -23,3 +28,9 @@ def connect(folder: Path, threads: int) -> duckdb.DuckDBPyConnection:
     )
     connection.execute("SET enable_progress_bar = false")
     return connection
+
+
+def parts_of(rows: int) -> list[dict[str, int]]:
+    """The parameters of a query that says `OF_PART`, for each part of so many rows."""
+    parts = 1 + rows // ROWS_PER_PART
+    return [{"parts": parts, "part": part} for part in range(parts)]

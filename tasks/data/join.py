@@ -8,41 +8,46 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
-from tasks.data.shelf import Shelf
+from tasks.data.engine import OF_PART, parts_of
+from tasks.data.shelf import ANSWER, QUESTION, WHAT, Shelf
 
+# Ids by the thousand, for a hash table of numbers with one remainder would be full of collisions.
+ID, PARENT = OF_PART.format("(id // 4096)"), OF_PART.format("(parent_id // 4096)")
 # The first row of an id counts, whatever it is.
-FIRST = """
-CREATE TABLE first AS
-SELECT site, id, min(row) AS row, arg_min(what, row) AS what, arg_min(parent_id, row) AS parent_id,
-       count(*) - 1 AS again
-FROM read_parquet($posts) GROUP BY site, id
+FIRST = f"""
+INSERT INTO first
+SELECT site, id, min(row), arg_min(what, row), arg_min(parent_id, row), count(*) - 1
+FROM read_parquet($posts) WHERE {ID} GROUP BY site, id
 """
-ASKED = """
-CREATE TABLE asked AS
-SELECT q.site, q.id, q.row, count(a.id) AS answers
-FROM first q LEFT JOIN first a ON a.site = q.site AND a.parent_id = q.id AND a.what = 'answer'
-WHERE q.what = 'question' GROUP BY q.site, q.id, q.row
+ASKED = f"""
+INSERT INTO asked
+SELECT q.site, q.id, q.row, count(a.id)
+FROM (SELECT * FROM first WHERE what = {WHAT.index(QUESTION)} AND {ID}) q
+LEFT JOIN (SELECT * FROM first WHERE what = {WHAT.index(ANSWER)} AND {PARENT}) a
+ON a.site = q.site AND a.parent_id = q.id
+GROUP BY q.site, q.id, q.row
 """
 # `place`: of the question among those that stay, sorted by (site, id).
 PLACED = """
 CREATE TABLE placed AS
 SELECT row, site, id, row_number() OVER () - 1 AS place
-FROM (SELECT row, site, id FROM asked WHERE answers >= $least ORDER BY site, id)
+FROM (SELECT row, site, id FROM asked JOIN sites USING (site) WHERE answers >= $least ORDER BY name, id)
 """
-KEPT = """
-CREATE TABLE kept AS
-SELECT row, place FROM placed UNION ALL
-SELECT a.row, q.place FROM first a JOIN placed q ON a.site = q.site AND a.parent_id = q.id
-WHERE a.what = 'answer'
+KEPT = f"""
+INSERT INTO kept
+SELECT a.row, q.place
+FROM (SELECT * FROM first WHERE what = {WHAT.index(ANSWER)} AND {PARENT}) a
+JOIN (SELECT * FROM placed WHERE {ID}) q
+ON a.site = q.site AND a.parent_id = q.id
 """
-DROPS = """
-SELECT 'duplicate_id', sum(again) FROM first UNION ALL
-SELECT what, count(*) FROM first WHERE what NOT IN ('question', 'answer') GROUP BY what UNION ALL
-SELECT 'question_with_few_answers', count(*) FROM asked WHERE answers < $least UNION ALL
-SELECT 'answer_of_dropped_question', sum(answers) FROM asked WHERE answers < $least UNION ALL
-SELECT 'orphan_answer', (SELECT count(*) FROM first WHERE what = 'answer') - (SELECT sum(answers) FROM asked)
+TABLES = """
+CREATE TABLE first (site INTEGER, id BIGINT, row BIGINT, what TINYINT, parent_id BIGINT, again BIGINT);
+CREATE TABLE asked (site INTEGER, id BIGINT, row BIGINT, answers BIGINT);
 """
+COUNTS = "SELECT what, count(*), sum(again) FROM first GROUP BY what"
+ASKED_COUNTS = "SELECT answers >= $least, count(*), sum(answers) FROM asked GROUP BY ALL"
 
 
 def join(base: duckdb.DuckDBPyConnection, shelf: Shelf, min_answers: int) -> Counter[str]:
@@ -51,17 +56,39 @@ def join(base: duckdb.DuckDBPyConnection, shelf: Shelf, min_answers: int) -> Cou
     Returns:
         Drops by reason: all rows that `kept` will not give.
     """
-    base.execute(FIRST, {"posts": str(shelf.posts)})
-    base.execute(ASKED)
+    base.register("names", pa.table({"site": range(len(shelf.sites)), "name": shelf.sites}))
+    base.execute("CREATE TABLE sites AS SELECT site::INTEGER AS site, name FROM names")
+    base.execute(TABLES)
+    parts = parts_of(shelf.rows)
+    for part in parts:
+        base.execute(FIRST, {"posts": str(shelf.posts), **part})
+    for part in parts:
+        base.execute(ASKED, part)
     base.execute(PLACED, {"least": min_answers})
-    base.execute(KEPT)
-    counts = base.execute(DROPS, {"least": min_answers}).fetchall()
-    return shelf.drops + Counter({reason: int(count or 0) for reason, count in counts})
+    base.execute("CREATE TABLE kept AS SELECT row, place FROM placed")
+    for part in parts:
+        base.execute(KEPT, part)
+    drops, answers = Counter(shelf.drops), 0
+    for what, count, again in base.execute(COUNTS).fetchall():
+        drops["duplicate_id"] += int(again)
+        if WHAT[what] == ANSWER:
+            answers = count
+        elif WHAT[what] != QUESTION:
+            drops[WHAT[what]] += count
+    drops["orphan_answer"] = answers
+    for stays, count, of_these in base.execute(ASKED_COUNTS, {"least": min_answers}).fetchall():
+        drops["orphan_answer"] -= int(of_these)
+        if not stays:
+            drops["question_with_few_answers"] += count
+            drops["answer_of_dropped_question"] += int(of_these)
+    return +drops
 
 
 def asked_by_site(base: duckdb.DuckDBPyConnection) -> dict[str, int]:
     """Site -> how many questions it has, whether answered or not."""
-    return dict(base.execute("SELECT site, count(*) FROM asked GROUP BY site").fetchall())
+    return dict(
+        base.execute("SELECT name, count(*) FROM asked JOIN sites USING (site) GROUP BY name").fetchall()
+    )
 
 
 def questions(base: duckdb.DuckDBPyConnection) -> int:

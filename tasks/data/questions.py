@@ -16,7 +16,7 @@ from tasks.data.shelf import LZ4
 from tasks.data.split import fingerprint, marks
 from tasks.data.write import ANSWER, KEYS, UNSPLIT
 
-MARKS = pa.list_(pa.binary(16))
+MARKS = pa.list_(pa.int64())
 
 
 @dataclass(frozen=True, slots=True)

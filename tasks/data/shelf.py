@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from tasks.data.records import Post
 
 CHARACTERS_PER_BOOK = 8_000_000
-QUESTION, ANSWER = "question", "answer"  # of the column `what`; else the reason why the row is dropped
+QUESTION, ANSWER = "question", "answer"
 POSTS = pa.schema(
     [
         ("site", pa.string()),
@@ -35,7 +35,16 @@ POSTS = pa.schema(
     ]
 )
 LISTED = ("site", "id", "what", "parent_id")
-LIST = pa.schema([("row", pa.int64()), *(POSTS.field(name) for name in LISTED)])  # row: running number
+WHAT = (QUESTION, ANSWER, "other_post_type", "unreadable_row")  # else the reason why the row is dropped
+LIST = pa.schema(  # numbers alone: a hash table of names would take three times the memory
+    [
+        ("row", pa.int64()),  # running number
+        ("site", pa.int32()),  # place in `Shelf.sites`
+        ("id", pa.int64()),
+        ("what", pa.int8()),  # place in WHAT
+        ("parent_id", pa.int64()),
+    ]
+)
 LINKS = pa.schema([("site", pa.string()), ("a", pa.int64()), ("b", pa.int64())])
 LZ4 = pa.ipc.IpcWriteOptions(compression="lz4")
 
@@ -73,6 +82,7 @@ class Shelf:
         books: where the posts are, and the numbers of those in each.
         folder: theirs, with room for more.
         links: Parquet file of `LINKS`: questions a and b of a site are duplicates.
+        sites: all so far.
         site: whose posts come next.
         rows: taken so far, dropped ones included.
         characters: of all texts.
@@ -83,6 +93,7 @@ class Shelf:
         self.folder = folder
         self.posts, self.links = folder / "posts.parquet", folder / "links.parquet"
         self.books: list[tuple[Path, range]] = []
+        self.sites: list[str] = []
         self.site = ""
         self.rows = self.characters = 0
         self.drops: Counter[str] = Counter()
@@ -92,7 +103,7 @@ class Shelf:
         self._linked: list[dict] = []
 
     def __enter__(self) -> Shelf:
-        self._posts = pq.ParquetWriter(self.posts, LIST, compression="lz4", use_dictionary=["site", "what"])
+        self._posts = pq.ParquetWriter(self.posts, LIST, compression="lz4")
         self._links = pq.ParquetWriter(self.links, LINKS, compression="lz4")
         return self
 
@@ -108,11 +119,17 @@ class Shelf:
 
     def take(self, book: Book) -> None:
         """A book, after all that came before it."""
-        count = len(book.listed)
+        posts, count = book.listed, len(book.listed)
         numbers = range(self._listed, self._listed + count)
-        self._posts.write_table(
-            book.listed.add_column(0, LIST.field("row"), pa.array(np.arange(numbers.start, numbers.stop)))
-        )
+        self.sites += [site for site in pc.unique(posts["site"]).to_pylist() if site not in self.sites]
+        columns = {
+            "row": pa.array(np.arange(numbers.start, numbers.stop)),
+            "site": pc.index_in(posts["site"], value_set=pa.array(self.sites, pa.string())),
+            "id": posts["id"],
+            "what": pc.index_in(posts["what"], value_set=pa.array(WHAT)).cast(pa.int8()),
+            "parent_id": posts["parent_id"],
+        }
+        self._posts.write_table(pa.table(columns, schema=LIST))
         self.books.append((book.path, numbers))
         self._listed += count
         self.rows += count + book.without_id

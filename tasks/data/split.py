@@ -87,9 +87,9 @@ def marks(questions: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
     return found
 
 
-def fingerprint(mark: tuple[str, str]) -> bytes:
-    """Sixteen bytes that stand for a mark."""
-    return sha256("\0".join(mark).encode()).digest()[:16]
+def fingerprint(mark: tuple[str, str]) -> int:
+    """64 bits that stand for a mark: in all of Stack Overflow, two agree with odds of 1 to 10^5."""
+    return int.from_bytes(sha256("\0".join(mark).encode()).digest()[:8], "big", signed=True)
 
 
 def normalised(texts: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ROWS_PER_GROUP = 4096
+ROWS_PER_GROUP = 1024
 ANSWER = pa.struct(
     [
         pa.field("id", pa.int64(), nullable=False),
@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
 
 
 # While the splits are unknown: with what decides them.
-UNSPLIT = SCHEMA.append(pa.field("pairs", pa.int32())).append(pa.field("marks", pa.list_(pa.binary(16))))
+UNSPLIT = SCHEMA.append(pa.field("pairs", pa.int32())).append(pa.field("marks", pa.list_(pa.int64())))
 KEYS = pa.schema([UNSPLIT.field(name) for name in ("site", "id", "marks")])
 
 
