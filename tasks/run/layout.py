@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,19 @@ class Layout:
 def content_hash(path: Path) -> str:
     """The sha256 of a file, or of a folder's relative names and contents; links are followed."""
     if not path.is_dir():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        status = path.stat()
+        return _file_hash(path, status.st_size, status.st_mtime_ns)
     listing = hashlib.sha256()
     for file in sorted(_files(path)):
         listing.update(os.fsencode(file.relative_to(path)) + b"\0" + content_hash(file).encode() + b"\n")
     return listing.hexdigest()
+
+
+@lru_cache(maxsize=10_000)
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    """Of a dump of 100 GB, minutes; a stage asks for its fingerprint several times."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> Iterator[Path]:
