@@ -111,7 +111,7 @@ class DataParams(Section):
 class PackParams(Section):
     """Tokens: tokenizer, template and every length."""
 
-    row_tokens: int = Field(1024, ge=16, description="length of a packed row, tokens")
+    row_tokens: int = Field(2048, ge=16, description="length of a packed row, tokens")
     document_tokens: int = Field(
         128, ge=16, description="longest question + answer + eos; for longer ones see long_documents"
     )
@@ -137,7 +137,7 @@ class SFTParams(Section):
     optimizer: OptimizerName = Field("muon", description="muon: hidden matrices by Muon, the rest by AdamW")
     learning_rate: Positive = Field(3e-3, description="peak")
     epochs: Positive = Field(4, description="passes over the packed rows")
-    batch_rows: int = Field(2, ge=1, description="packed rows per optimizer step, over all processes")
+    batch_rows: int = Field(1, ge=1, description="packed rows per optimizer step, over all processes")
     weight_decay: float = Field(0.01, ge=0)
     warmup_share: Share = Field(0.05, description="share of the steps that warm the learning rate up")
     max_grad_norm: Positive = 1.0

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from params.schema import Params
-from tasks.data.write import SCHEMA
+from tasks.data.schema import SCHEMA
 from tasks.lm.loading import save_model, train_tokenizer
 from tasks.lm.prompt import document_text
 from tasks.run.layout import STAGES, Layout

@@ -1,7 +1,8 @@
 """Dump -> questions with scored answers, split by question. Knows no tokenizer.
 
-Reading order: `stage` tells the story; then `sources` (files -> bytes), `dump` (bytes -> rows), `posts` (rows
--> posts), `html` (HTML -> Markdown), `score`, `questions` (posts -> questions), `split`, `write`, `card`.
+Reading order: `stage` tells the story; then `sources` (files -> bytes), `cut` (bytes -> blocks), `dump`
+(blocks -> rows), `posts` (rows -> posts), `shelf`, `join`, `deal` (HTML -> Markdown, by `html` and `plain`),
+`score`, `questions`, `alike`, `split`, `schema`, `card`; `shapes` for what is no dump.
 """
 
 from tasks.data.stage import run

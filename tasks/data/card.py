@@ -36,7 +36,7 @@ class Tally:
         self.licences: Counter[str] = Counter()
 
     def add(self, split: str, questions: pa.Table) -> None:
-        """Count questions of `tasks.data.write.UNSPLIT`."""
+        """Count questions of `tasks.data.schema.UNSPLIT`."""
         answers = pc.list_flatten(questions["answers"])
         for licences in (questions["licence"], pc.struct_field(answers, "licence")):
             for found in pc.value_counts(licences).to_pylist():

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Generic, TypeVar
 
 import pyarrow as pa
 
-from tasks.run.lifetime import tie_to_parent
+from tasks.run.lifetime import as_worker
 
 M_ARENA_MAX = -8  # malloc.h
 A, B = TypeVar("A"), TypeVar("B")
@@ -51,8 +51,9 @@ class Crew:
             queue.put(item)
             while found:
                 yield found.popleft()
-        queue.close()
-        yield from found
+        while len(queue):
+            queue.take_until(len(queue) - 1)
+            yield found.popleft()
 
     def queue(self, function: Callable[[A], B], take: Callable[[B], object]) -> Queue[A, B]:
         """`map` for a producer that pushes: `take` gets the results, in order, while it does."""
@@ -85,15 +86,31 @@ class Queue(Generic[A, B]):
     def put(self, item: A) -> None:
         """Waits, while many are on their way, for the first of them."""
         self._running.append(self._crew.submit(self._function, item))
-        self._take_until(self._crew.most_waiting)
+        self.take_until(self._crew.most_waiting)
 
     def close(self) -> None:
         """Wait for all."""
-        self._take_until(0)
+        self.take_until(0)
 
-    def _take_until(self, most: int) -> None:
+    def __len__(self) -> int:
+        """How many items are on their way."""
+        return len(self._running)
+
+    def take_until(self, most: int) -> None:
+        """Wait until no more than so many are on their way.
+
+        Raises:
+            ChildProcessError: a process was killed.
+        """
         while len(self._running) > most:
-            self._take(self._running.popleft().result())
+            try:
+                result = self._running.popleft().result()
+            except BrokenProcessPool:
+                raise ChildProcessError(
+                    "a process of the data stage was killed, most likely for want of memory; a smaller "
+                    "machine.threads needs less"
+                ) from None
+            self._take(result)
 
 
 def spare_memory() -> None:
@@ -107,5 +124,4 @@ def spare_memory() -> None:
 def _begin() -> None:
     spare_memory()
     pa.set_cpu_count(1)  # there is one such process for each core
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its children
-    tie_to_parent()
+    as_worker()

@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from tasks.data.deal import read_bucket
 from tasks.data.html import has_words
+from tasks.data.schema import ANSWER, KEYS, UNSPLIT
 from tasks.data.score import answer_score
 from tasks.data.shelf import LZ4
 from tasks.data.split import fingerprint, marks
-from tasks.data.write import ANSWER, KEYS, UNSPLIT
 
 MARKS = pa.list_(pa.int64())
 

@@ -25,13 +25,14 @@ from tasks.data.parallel import Crew
 from tasks.data.posts import read_dump
 from tasks.data.progress import Progress
 from tasks.data.questions import Gather, gather
+from tasks.data.schema import KEYS, SCHEMA
 from tasks.data.shapes import read_shape
 from tasks.data.shelf import Shelf
 from tasks.data.sources import DumpError, Source, find_sources, site_of
 from tasks.data.split import SPLITS, Homes
-from tasks.data.write import KEYS, SCHEMA, SplitWriter
 from tasks.run.files import remove, staged
 from tasks.run.layout import Layout, StageResult
+from tasks.run.parquet import TableWriter
 from tasks.run.tracking import log_artifact, log_dataset
 
 Expected = dict[tuple[str, int], tuple[str, str]]  # (site, id) -> (kind, right answer)
@@ -60,7 +61,7 @@ def run(params: Params, layout: Layout) -> StageResult:
             metrics = _prepare(sources, expected, params, layout, work, base, crew)
     finally:
         remove(work)
-    _remember(params, layout, metrics)
+    _remember(params, layout, metrics, [] if params.data.source == "sample" else sources)
     metrics |= {f"sample/{key}": float(value) for key, value in facts.items()}
     return StageResult(metrics)
 
@@ -97,14 +98,16 @@ def _prepare(
     return metrics
 
 
-def _remember(params: Params, layout: Layout, metrics: dict[str, float]) -> None:
-    """The card and the lineage of the four files, for MLflow."""
+def _remember(params: Params, layout: Layout, metrics: dict[str, float], sources: list[Source]) -> None:
+    """The card and the lineage of the four files, for MLflow: what they were made from, too."""
     source = params.data.source
     origin = source if isinstance(source, str) else ", ".join(source)
     log_artifact(layout.artifact("data", "card.md"))
     for name in SPLITS:
         counts = {what: metrics[f"{name}/{what}"] for what in ("questions", "answers", "pairs")}
         log_dataset(layout.artifact("data", f"{name}.parquet"), name, origin, counts)
+    for path, site in ((found.path, found.site) for found in sources if not found.hub):
+        log_dataset(path, "raw", site, {"bytes": float(path.stat().st_size)})
 
 
 def convert(
@@ -156,7 +159,7 @@ def _write(
     threads: int,
 ) -> None:
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(SplitWriter(path)) for name, path in files.items()}
+        writers = {name: stack.enter_context(TableWriter(path, SCHEMA)) for name, path in files.items()}
         pool = stack.enter_context(ThreadPoolExecutor(threads))  # Arrow compresses without Python's lock
         running: list[Future[None]] = []
         for part in parts:

@@ -46,7 +46,10 @@ def response_of(prompt: Sequence[int], document: Sequence[int], where: str) -> l
 
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
     # a post that writes `</s>` or `<s>` means these letters, not the token that ends a document
-    return tokenizer(texts, split_special_tokens=True)["input_ids"] if texts else []
+    if not texts:
+        return []
+    kept = {"return_attention_mask": False, "return_token_type_ids": False}
+    return tokenizer(texts, split_special_tokens=True, **kept)["input_ids"]
 
 
 def _without_eos(ids: list[int], tokenizer) -> list[int]:

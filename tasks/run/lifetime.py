@@ -48,6 +48,13 @@ def tie_to_parent() -> None:
         threading.Thread(target=_end_with, args=(above,), daemon=True).start()
 
 
+def as_worker() -> None:
+    """For a process that works for another: it leaves Ctrl-C to its parent, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    tie_to_parent()
+
+
 def _end_with(dvc: int) -> None:
     while _runs(dvc, b"dvc"):
         time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -5,7 +5,6 @@ The store is a sqlite file in the layout's home, or MLFLOW_TRACKING_URI. Nothing
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.run.files import write_json
-from tasks.run.layout import Layout
+from tasks.run.layout import Layout, content_hash
 from tasks.run.provenance import execution, git_tags, one_line, version_tags, without_secrets
 
 if TYPE_CHECKING:
@@ -132,8 +131,7 @@ def log_dataset(path: Path, context: str, origin: str, profile: Mapping[str, flo
         return
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]  # MLflow takes 36 characters
+    digest = content_hash(path)[:32]  # MLflow takes 36 characters
     source, counts = json.dumps({"uri": path.as_uri(), "origin": origin}), json.dumps(dict(profile))
     dataset = Dataset(path.stem, digest, "local", source, profile=counts)
     found = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])

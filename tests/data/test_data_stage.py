@@ -8,7 +8,7 @@ import pytest
 from params.schema import Params
 from tasks.data import run, stage
 from tasks.data.split import split_of
-from tasks.data.write import SplitWriter
+from tasks.run.parquet import TableWriter
 
 SPLITS = ("sft", "reward", "rl", "eval")
 OUTS = {*(f"{name}.parquet" for name in SPLITS), "card.md"}
@@ -198,14 +198,14 @@ def test_a_full_disk_leaves_all_earlier_outs(layout, two_sites, monkeypatch, fai
     before = outs(layout)
     calls = []
 
-    class Full(SplitWriter):
+    class Full(TableWriter):
         def __exit__(self, error, *more):
             super().__exit__(error, *more)
             calls.append(error)
             if error is None and len(calls) > failing:
                 raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stage, "SplitWriter", Full)
+    monkeypatch.setattr(stage, "TableWriter", Full)
     with pytest.raises(OSError, match="No space left"):
         run(params("unix.example.Posts.xml"), layout)
     assert outs(layout) == before
@@ -273,6 +273,12 @@ def test_card_and_lineage_go_to_the_run(layout, two_sites, monkeypatch):
     metrics = run(two_sites, layout).metrics
     assert logged[0] == (layout.artifact("data", "card.md"), True)
     origin = "unix.example.Posts.xml, art.example.7z"
-    for name, found in zip(SPLITS, logged[1:], strict=True):
+    for name, found in zip(SPLITS, logged[1:5], strict=True):
         counts = {what: metrics[f"{name}/{what}"] for what in ("questions", "answers", "pairs")}
         assert found == (layout.artifact("data", f"{name}.parquet"), True, name, origin, counts)
+    raw = layout.root / "data" / "raw"
+    sources = (("art.example", "art.example.7z"), ("unix.example", "unix.example.Posts.xml"))
+    wanted = [
+        (raw / file, True, "raw", site, {"bytes": (raw / file).stat().st_size}) for site, file in sources
+    ]
+    assert logged[5:] == wanted

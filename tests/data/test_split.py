@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tasks.data import alike
 from tasks.data.engine import connect
 from tasks.data.parallel import Crew
+from tasks.data.schema import KEYS
 from tasks.data.shelf import LINKS
 from tasks.data.split import EDGES, Homes, fingerprint, marks, normalised, split_of
-from tasks.data.write import KEYS
 
 SHARES = {"sft": 0.3, "reward": 0.45, "rl": 0.13, "eval": 0.12}
 HALVES = {"a": 1.0, "b": 1.0}

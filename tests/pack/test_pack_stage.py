@@ -10,8 +10,9 @@ from pyarrow import parquet
 
 from tasks.lm.loading import load_tokenizer
 from tasks.lm.prompt import document_text, prompt_text
-from tasks.pack import bundle, run
+from tasks.pack import run
 from tasks.pack.records import is_validation
+from tasks.pack.rows import bundle
 
 LONG = " ".join(f"word{n}" for n in range(80))
 
@@ -66,18 +67,24 @@ def test_rows_hold_every_document_once_and_decode_to_the_text(packed):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "bundles"),
-    [([2, 2, 3], [[2, 2], [3]]), ([5, 1], [[5], [1]]), ([1, 3, 4], [[1, 3], [4]]), ([], [])],
+    ("lengths", "counts", "stops"),
+    [
+        ([2, 2, 3], [3], [2, 3]),
+        ([5, 1], [2], [1, 2]),
+        ([1, 3, 4], [3], [2, 3]),
+        ([1, 1, 1], [1, 0, 2], [1, 3]),  # of two questions
+        ([], [0], []),
+        ([], [], []),
+    ],
 )
-def test_bundles_by_hand(lengths, bundles):
-    """At most four tokens together; a longer document is alone."""
-    found = bundle([(list(range(n)),) for n in lengths], 4)
-    assert [[len(tokens) for (tokens,) in one] for one in found] == bundles
+def test_bundles_by_hand(lengths, counts, stops):
+    """At most four tokens of one question together; a longer document is alone."""
+    assert bundle(lengths, counts, 4).tolist() == stops
 
 
 def test_the_answers_to_a_question_stand_side_by_side(tmp_path):
     layout = tiny.project(tmp_path, tiny.splits())
-    run(tiny.params(pack={"row_tokens": 600}), layout)
+    run(tiny.params(pack={"row_tokens": 1200}), layout)
     for row in table(layout, "rows", "sft.parquet"):
         questions = [answer // 10 for answer in row["answer_ids"]]
         changes = 1 + sum(a != b for a, b in pairwise(questions))
@@ -200,6 +207,28 @@ def test_two_runs_write_the_same_bytes(packed, tmp_path):
     assert found == names and (layout.artifact("pack", "tokenizer", "tokenizer.json")).is_file()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_other_processes_and_smaller_batches_change_nothing(packed, tmp_path, monkeypatch, processes):
+    layout, splits, params, metrics = packed
+    monkeypatch.setattr("tasks.pack.mapped.INLINE_BYTES", 0)
+    monkeypatch.setattr("tasks.pack.mapped.BATCH", 7)
+    again = tiny.project(tmp_path, splits)
+    threads = params.machine.model_copy(update={"threads": processes})
+    assert run(params.model_copy(update={"machine": threads}), again).metrics == metrics
+    assert tiny.digests(again.artifact("pack")) == tiny.digests(layout.artifact("pack"))
+    assert not list(again.scratch("pack").iterdir())
+
+
+def test_many_questions_are_packed_a_part_at_a_time(packed, tmp_path, monkeypatch):
+    layout, splits, params, metrics = packed
+    monkeypatch.setattr("tasks.pack.stage.QUESTIONS_AT_A_TIME", 20)
+    again = tiny.project(tmp_path, splits)
+    assert run(params, again).metrics["sft_tokens"] == metrics["sft_tokens"]
+    wanted = sorted(map(str, documents(table(layout, "rows", "sft.parquet"))))
+    assert sorted(map(str, documents(table(again, "rows", "sft.parquet")))) == wanted
+    assert tiny.digests(again.artifact("pack", "groups")) == tiny.digests(layout.artifact("pack", "groups"))
+
+
 def test_a_new_prompt_length_leaves_rows_and_groups_as_they_are(packed, tmp_path):
     layout, splits, *_ = packed
     again = tiny.project(tmp_path, splits)
@@ -260,10 +289,10 @@ def test_a_missing_base_model_names_its_key(packed, tmp_path):
 
 
 def test_a_seam_that_does_not_hold_names_the_question(packed, tmp_path, monkeypatch):
-    import tasks.pack as pack
+    from tasks.pack import encode
 
-    whole = pack.encode_documents
-    monkeypatch.setattr(pack, "encode_documents", lambda *a: [[9, *document] for document in whole(*a)])
+    whole = encode.encode_documents
+    monkeypatch.setattr(encode, "encode_documents", lambda *a: [[9, *document] for document in whole(*a)])
     with pytest.raises(ValueError, match=r"^s\.example question 100: the prompt's tokens do not begin"):
         run(tiny.params(), tiny.project(tmp_path, packed[1]))
 
