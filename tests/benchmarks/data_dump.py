@@ -71,12 +71,13 @@ class Memory(threading.Thread):
     """The highest sum of memory over this process and its children, in megabytes.
 
     `peak` is resident memory, where a page that three processes share counts three times; `proportional`
-    counts it once (Pss).
+    counts it once (Pss); `disk`: what the files of `folder` took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         super().__init__(daemon=True)
-        self.peak = self.proportional = 0.0
+        self.peak = self.proportional = self.disk = 0.0
+        self._folder = folder
 
     def run(self) -> None:
         """Look twice a second, which takes the processor a few milliseconds."""
@@ -84,7 +85,21 @@ class Memory(threading.Thread):
             tree = [os.getpid(), *_children(os.getpid())]
             self.peak = max(self.peak, sum(map(_resident, tree)))
             self.proportional = max(self.proportional, sum(map(_proportional, tree)))
+            if self._folder:
+                self.disk = max(self.disk, _size(self._folder))
             time.sleep(0.5)
+
+
+def _size(folder: Path) -> float:
+    """Megabytes of the files below."""
+    total = 0
+    for base, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(base, name), follow_symlinks=False).st_size
+            except OSError:  # gone by now
+                continue
+    return total / 1e6
 
 
 def _children(process: int) -> list[int]:
@@ -145,7 +160,7 @@ def main(megabytes: int, folder: Path) -> None:
     (folder / "dvc.yaml").write_text("stages:\n  data: {cmd: none, deps: [data/raw], params: [seed]}\n")
     (folder / "params.yaml").write_text("seed: 0\n")
     size = dump.stat().st_size / 1e6
-    memory, started, wall = Memory(), cpu_seconds(), time.monotonic()
+    memory, started, wall = Memory(folder / "scratch"), cpu_seconds(), time.monotonic()
     memory.start()
     params = Params.model_validate({"data": {"source": [dump.name]}})
     metrics = run(params, Layout(folder, folder)).metrics
@@ -155,6 +170,7 @@ def main(megabytes: int, folder: Path) -> None:
         "site": site_of(dump), "megabytes": size, "rows": metrics["rows"], "questions": metrics["questions"],
         "cpu_seconds": cpu, "wall_seconds": wall, "mb_per_cpu_second": size / cpu,
         "resident_mb": memory.peak, "proportional_mb": memory.proportional, "written_mb": written,
+        "work_mb": memory.disk,
     }  # fmt: skip
     found["mb_per_second"] = size / wall
     if megabytes <= 300:
