@@ -266,6 +266,21 @@ def test_other_processes_change_nothing(layout, two_sites, monkeypatch, processe
     assert outs(layout) == before
 
 
+def test_what_is_joined_in_parts_is_as_if_in_one(layout, xml, site, answer, monkeypatch):
+    """Ids far apart, negative and given twice: each falls into some part, and into one."""
+    rows = [row for start in range(1, 60_000, 5000) for row in site(6, first=start)]
+    rows += [answer(-70_000, 1), answer(90_001, 5001), answer(90_001, 10_001), answer(90_002, 77_777)]
+    (layout.root / "data/raw/unix.example.Posts.xml").write_bytes(xml(rows))
+    given = params("unix.example.Posts.xml", split=dict.fromkeys(SPLITS, 1.0))
+    metrics = run(given, layout).metrics
+    before = outs(layout)
+    assert (metrics["questions"], metrics["answers"]) == (72, 2 * 72 + 2)
+    assert (metrics["drops/duplicate_id"], metrics["drops/orphan_answer"]) == (1, 1)
+    monkeypatch.setattr("tasks.data.engine.ROWS_PER_PART", 20)
+    assert run(given, layout).metrics == metrics
+    assert outs(layout) == before
+
+
 def test_card_and_lineage_go_to_the_run(layout, two_sites, monkeypatch):
     logged = []
     monkeypatch.setattr(stage, "log_artifact", lambda path: logged.append((path, path.exists())))

@@ -288,13 +288,16 @@ def test_a_missing_base_model_names_its_key(packed, tmp_path):
         run(tiny.params(model={"base": str(tmp_path / "nowhere")}), layout)
 
 
-def test_a_seam_that_does_not_hold_names_the_question(packed, tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_seam_that_does_not_hold_names_the_question(packed, tmp_path, monkeypatch, processes):
     from tasks.pack import encode
 
     whole = encode.encode_documents
     monkeypatch.setattr(encode, "encode_documents", lambda *a: [[9, *document] for document in whole(*a)])
-    with pytest.raises(ValueError, match=r"^s\.example question 100: the prompt's tokens do not begin"):
-        run(tiny.params(), tiny.project(tmp_path, packed[1]))
+    monkeypatch.setattr("tasks.pack.mapped.INLINE_BYTES", 0)
+    threads = tiny.params().machine.model_copy(update={"threads": processes})
+    with pytest.raises(ValueError, match=r"^s\.example question \d+: the prompt's tokens do not begin"):
+        run(tiny.params().model_copy(update={"machine": threads}), tiny.project(tmp_path, packed[1]))
 
 
 def test_long_documents_are_split_into_pieces_that_join_up(packed, tmp_path):
