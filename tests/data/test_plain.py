@@ -22,8 +22,8 @@ def test_plain(text, languages):
 
 
 NOT_PLAIN = [
-    "<p>", "</p>", "</p><p>", "<b><i></b></i>", "<p", "a < b", "<p><a</p>", "<P></P>", "<u>x</u>",
-    "<p/>", "<b></b/>", "<a href=x>y</a>",
+    "<p>", "</p>", "</p><p>", "<b><i></b></i>", "<i></b>", "<b></i>", "<p", "a < b", "<p><a</p>", "<P></P>",
+    "<u>x</u>", "<p/>", "<b></b/>", "<a href=x>y</a>",
     "<a href='x'>y</a>", '<a href="a<b">y</a>', '<a href="a\nb">y</a>', "<!-- -->", "<![x",
     "&", "&;", "&lt", "&x;", "&#31;", "&#10000;", "&hell ip;", "a & b;", "&amp &amp;", "\r", "\x01", "```",
     "<td>x</td>", "<table><td>x</td></table>", "<tr><td>x</td></tr>", "<table><p><tr></tr></p></table>",

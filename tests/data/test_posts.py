@@ -145,6 +145,11 @@ def test_question_and_answers_come_out_whole(read, question, answer):
     assert kept.pairs == 3
 
 
+def test_nobody_accepted_an_answer_whose_id_is_minus_one(read, question, answer):
+    (kept,) = read([question(6), answer(-1, 6, Score=3), answer(7, 6)]).questions
+    assert [(a.id, a.accepted, a.score) for a in kept.answers] == [(-1, False, 2), (7, False, 1)]
+
+
 def test_rows_in_any_order(read, site):
     (first, second) = (read(rows).questions for rows in (site(5), site(5)[::-1]))
     assert first == second

@@ -147,6 +147,17 @@ def test_groups(packed):
         assert set(known) == ({1002, 1003} if split == "reward" else set())
 
 
+def test_a_question_gives_no_more_pairs_than_params_say(tmp_path):
+    splits = tiny.splits()
+    answers = [(f"Answer {n}.", n) for n in range(5)]
+    splits["reward"] = [tiny.question(n, answers=answers) for n in range(3)]
+    layout = tiny.project(tmp_path, splits)
+    run(tiny.params(pack={"pairs_per_question": 4}), layout)
+    found = [group["pairs"] for group in table(layout, "groups", "reward.parquet")]
+    assert [len(pairs) for pairs in found] == [4, 4, 4]
+    assert len({str(pairs) for pairs in found}) > 1, "which four hangs on the question"
+
+
 def test_answers_cut_to_the_same_tokens_are_no_preference(packed):
     (group,) = (g for g in table(packed[0], "groups", "reward.parquet") if g["question_id"] == 1001)
     assert group["answers"][0]["tokens"] == group["answers"][1]["tokens"]
