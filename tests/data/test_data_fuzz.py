@@ -54,7 +54,8 @@ def test_damaged_files(layout, tmp_path, xml, site, suffix, damage, monkeypatch)
     path = layout.root / "data" / "raw" / f"unix.example{suffix}"
     whole = packed(tmp_path, suffix, xml(site(60), bom=True))
     equal = dict.fromkeys(("sft", "reward", "rl", "eval"), 1.0)
-    params = Params.model_validate({"data": {"source": [path.name], "split": equal}})
+    one = {"threads": 1}  # to start other processes for every block of every round would take minutes
+    params = Params.model_validate({"machine": one, "data": {"source": [path.name], "split": equal}})
     path.write_bytes(whole)
     run(params, layout)
     draw = random.Random(f"{suffix} {damage.__name__}")
