@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from params.schema import RewardEvalParams
 from tasks import pack
-from tasks.pack.records import GROUPS, write_rows
+from tasks.pack.records import GROUPS
 from tasks.reward_eval import Comparison, accuracy, compare, render, report, run, verdict
 
 BARS = RewardEvalParams(bootstrap_samples=100)
@@ -191,7 +191,7 @@ def test_no_pair_is_an_error_that_names_the_file(packed, tmp_path):
     layout.artifact("reward").mkdir(parents=True)
     layout.artifact("reward", "model").symlink_to(packed.artifact("reward", "model"))
     layout.artifact("pack", "groups").mkdir(parents=True)
-    write_rows(layout.artifact("pack", "groups", "eval.parquet"), GROUPS, [])
+    parquet.write_table(GROUPS.empty_table(), layout.artifact("pack", "groups", "eval.parquet"))
     with pytest.raises(ValueError, match=r"eval\.parquet holds no pair"):
         run(tiny.params(), layout)
 

@@ -16,9 +16,7 @@ from pyarrow import parquet
 from tasks.run.lifetime import as_worker
 
 BATCH = 256
-INLINE_BYTES = (
-    4_000_000  # of compressed questions; below, other processes would take longer to start than to help
-)
+INLINE_BYTES = 4_000_000  # below, other processes would take longer to start than to help
 
 
 @dataclass(frozen=True, slots=True)

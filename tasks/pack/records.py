@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from hashlib import sha256
-from pathlib import Path
 
 import pyarrow as pa
-from pyarrow import parquet
 
 TOKENS = pa.list_(pa.int32())
 ROWS = pa.schema(
@@ -60,9 +57,3 @@ def is_validation(site: str, question_id: int) -> bool:
     """Whether a question belongs to the 2 % of its split that its trainer validates on; by hash."""
     digest = sha256(f"validation/{site}/{question_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64
-
-
-def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict]) -> None:
-    """One parquet file, the same bytes for the same rows."""
-    table = pa.Table.from_pylist(list(rows), schema=schema)
-    parquet.write_table(table, path, compression="zstd")

@@ -18,6 +18,7 @@ import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -182,9 +183,14 @@ def main(megabytes: int, folder: Path) -> None:
     print(json.dumps({key: value if key == "site" else round(value, 2) for key, value in found.items()}))
 
 
-if __name__ == "__main__":
+def from_command_line(main: Callable[[int, Path], None]) -> None:
+    """`<megabytes> [<folder>]`; without a folder in one of its own, which goes afterwards."""
     if len(sys.argv) > 2:
         main(int(sys.argv[1]), Path(sys.argv[2]))
     else:
         with tempfile.TemporaryDirectory() as name:
             main(int(sys.argv[1]), Path(name))
+
+
+if __name__ == "__main__":
+    from_command_line(main)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import tempfile
 import time
 from itertools import islice
 from pathlib import Path
@@ -90,8 +88,4 @@ def main(megabytes: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        main(int(sys.argv[1]), Path(sys.argv[2]))
-    else:
-        with tempfile.TemporaryDirectory() as name:
-            main(int(sys.argv[1]), Path(name))
+    data_dump.from_command_line(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 
+import pyarrow as pa
 import pytest
 import tiny
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tasks import pack
 from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.lm.scoring import score_documents
-from tasks.pack.records import PROMPTS, write_rows
+from tasks.pack.records import PROMPTS
 from tasks.ppo import run, stage
 from tasks.ppo.stage import COLUMNS, HELD_OUT, Judge, prompts_of_update
 from tasks.run.layout import Refusal
@@ -31,7 +32,7 @@ def upstream(tmp_path_factory):
     rows = parquet.read_table(path).to_pylist()
     for row in rows[::3]:
         row["is_validation"] = True  # more than 2 %, so that their scores say something
-    write_rows(path, PROMPTS, rows)
+    parquet.write_table(pa.Table.from_pylist(rows, schema=PROMPTS), path)
     size = len(tiny.tokenizer())
     tiny.save(tiny.causal(vocab_size=size, num_hidden_layers=1), layout.artifact("sft", "model"))
     folder = tiny.save(tiny.scorer(seed=1, vocab_size=size), layout.artifact("reward", "model"))
