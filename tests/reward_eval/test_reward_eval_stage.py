@@ -13,7 +13,7 @@ from pyarrow import parquet
 from params.schema import RewardEvalParams
 from tasks import pack
 from tasks.pack.records import GROUPS
-from tasks.reward_eval import Comparison, accuracy, compare, render, report, run, verdict
+from tasks.reward_eval.stage import Comparison, accuracy, compare, render, report, run, verdict
 
 BARS = RewardEvalParams(bootstrap_samples=100)
 
