@@ -36,7 +36,10 @@ class MachineParams(Section):
         "auto", description="auto: cuda where there is one, else cpu"
     )
     threads: int = Field(2, ge=1, description="CPU threads of a training process")
-    microbatch_rows: int = Field(64, ge=1, description="most sequences or packed rows in one forward")
+    microbatch_tokens: int = Field(
+        4096, ge=1, description="most tokens in one forward of sft and reward; a longer row goes alone"
+    )
+    microbatch_rows: int = Field(64, ge=1, description="most sequences in one forward of the other stages")
     decode_rows: int = Field(512, ge=1, description="most sequences that are sampled side by side")
     checkpoint_steps: int = Field(
         100, ge=1, description="optimizer steps of sft and reward between two checkpoints"

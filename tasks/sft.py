@@ -24,6 +24,7 @@ from tasks.run.devices import derive_seed, seed_everything, use_device
 from tasks.run.files import staged
 from tasks.run.follow import follow
 from tasks.run.layout import Layout, StageResult
+from tasks.run.parts import InParts, Parts
 from tasks.run.tracking import log_artifact
 from tasks.run.trainer import SafeCheckpoints
 
@@ -52,6 +53,9 @@ class SFTConfig(TrainingArguments):
 
     loss_on: str = field(
         default="all", metadata={"help": "all: every token; response: what follows the prompt"}
+    )
+    microbatch_tokens: int = field(
+        default=0, metadata={"help": "most tokens of one forward; a longer row goes alone; 0: no bound"}
     )
     optimizer: str = field(default="adamw", metadata={"help": "adamw or muon (tasks.lm.optimizer)"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "rows are records, not columns"})
@@ -95,7 +99,7 @@ def collate(rows: Sequence[PackedRow], loss_on: str = "all") -> dict[str, Forest
     return {"forest": forest, "predicts": torch.cat(predicts), "labels": forest.tokens[torch.cat(targets)]}
 
 
-class SFTTrainer(NamedOptimizer, SafeCheckpoints, Trainer):
+class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
     """A light subclass of transformers.Trainer for packed rows.
 
     Args are Trainer's; `train_dataset` and `eval_dataset` are sequences of :class:`PackedRow`.
@@ -103,18 +107,21 @@ class SFTTrainer(NamedOptimizer, SafeCheckpoints, Trainer):
 
     def __init__(self, model, args: SFTConfig, train_dataset: Sequence[PackedRow], **keys) -> None:
         enable_forest(model)
-        keys.setdefault("data_collator", partial(collate, loss_on=args.loss_on))
+        parts = Parts(
+            partial(collate, loss_on=args.loss_on), lambda row: len(row.tokens), args.microbatch_tokens
+        )
+        keys.setdefault("data_collator", parts)
         super().__init__(model=model, args=args, train_dataset=train_dataset, **keys)
         self.tokens_seen = 0
         self.model_accepts_loss_kwargs = True  # the loss below divides by the tokens of the whole batch
         self._loss_shifts_labels = False  # and ours are aligned already: every label counts
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean negative log-likelihood per predicted token of the whole batch, nats."""
-        logits, rows = self._logits(model, inputs)
+        """A part's share of the mean negative log-likelihood per predicted token of the batch, nats."""
+        logits, rows = self.inside(model, lambda model: self._logits(model, inputs))
         labels = inputs["labels"]
         logprobs = logits.float().log_softmax(-1).flatten().gather(0, rows * logits.shape[-1] + labels)
-        loss = -logprobs.sum() / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        loss = self.mean_over_batch(-logprobs, num_items_in_batch)
         self.tokens_seen += len(inputs["forest"].tokens)
         return (loss, {"logits": logits[rows]}) if return_outputs else loss
 
@@ -135,10 +142,9 @@ class SFTTrainer(NamedOptimizer, SafeCheckpoints, Trainer):
         """Loss (nats), perplexity and token accuracy per predicted token of the held-out documents."""
         self.model.eval()
         loss, right, tokens = 0.0, 0, 0
-        for batch in self.get_eval_dataloader(eval_dataset):
-            batch = self._prepare_inputs(batch)
-            logits, rows = self._logits(self.model, batch)
-            logits, labels = logits.float()[rows], batch["labels"]
+        for part in self.parts_of(self.get_eval_dataloader(eval_dataset)):
+            logits, rows = self._logits(self.model, part)
+            logits, labels = logits.float()[rows], part["labels"]
             loss += functional.cross_entropy(logits, labels, reduction="sum").item()
             right += (logits.argmax(-1) == labels).sum().item()
             tokens += len(labels)
@@ -190,7 +196,7 @@ def run(params: Params, layout: Layout) -> StageResult:
         layout.scratch("sft"),
         examples=len(train),
         batch=sft.batch_rows,
-        microbatch=machine.microbatch_rows,
+        microbatch_tokens=machine.microbatch_tokens,
         device=device.type,
         seed=seed,
         checkpoint_steps=machine.checkpoint_steps,

@@ -110,7 +110,7 @@ def held_to_separate_documents(folder, kind, loss_on, some) -> SFTTrainer:
     total, count, _ = separate(plain, some, loss_on)
     (total / count).backward()
     made = trainer(folder, model=tiny.causal(kind, **keys), loss_on=loss_on)
-    loss = made.compute_loss(made.model, made.data_collator(some))
+    loss = made.compute_loss(made.model, collate(some, loss_on))
     loss.backward()
     assert tiny.far(loss.item(), (total / count).item()) <= 1e-5
     assert tiny.far_gradients(tiny.gradients(made.model), tiny.gradients(plain)) <= 1e-5
@@ -137,7 +137,7 @@ def test_no_place_is_read_twice(tmp_path, loss_on):
     made.model.register_forward_pre_hook(
         lambda _m, _a, keys: seen.append(keys["logits_to_keep"].tolist()), with_kwargs=True
     )
-    made.compute_loss(made.model, made.data_collator([row]))
+    made.compute_loss(made.model, collate([row], loss_on))
     assert seen == [{"all": [0, 1, 2, 4, 6, 7], "response": [1, 2, 4, 6, 7]}[loss_on]]
 
 
@@ -298,14 +298,13 @@ def test_the_stage(packed, tmp_path):
     assert (config["pad_token_id"], config["eos_token_id"]) == (0, 1)
 
 
-def test_microbatch_rows_do_not_change_the_batch(packed, tmp_path):
-    """Three rows do not divide a batch of four: two do."""
+def test_microbatch_tokens_do_not_change_the_batch(packed, tmp_path):
     found = {}
-    for most in (64, 3):
+    for most in (4096, 100):
         layout = copied(packed, tmp_path / f"{most}")
-        found[most] = run(tiny.params(machine={"microbatch_rows": most}), layout).metrics
-    assert found[3]["steps"] == found[64]["steps"]
-    assert found[3]["loss"] == pytest.approx(found[64]["loss"], rel=1e-4)
+        found[most] = run(tiny.params(machine={"microbatch_tokens": most}), layout).metrics
+    assert found[100]["steps"] == found[4096]["steps"]
+    assert found[100]["loss"] == pytest.approx(found[4096]["loss"], rel=1e-4)
 
 
 def test_a_base_model_is_where_it_starts(packed, tmp_path):

@@ -55,7 +55,7 @@ def run(params: Params, layout: Layout) -> StageResult:
         layout.scratch("reward"),
         examples=len(train),
         batch=reward.batch_questions,
-        microbatch=machine.microbatch_rows,
+        microbatch_tokens=machine.microbatch_tokens,
         device=device.type,
         seed=seed,
         checkpoint_steps=machine.checkpoint_steps,

@@ -14,6 +14,7 @@ from tasks.lm.forest import Forest, Segment, enable_forest, plant
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
 from tasks.lm.scoring import ends_of, forest_scores
+from tasks.run.parts import InParts, Parts
 from tasks.run.trainer import SafeCheckpoints
 
 
@@ -28,11 +29,18 @@ class GroupedAnswers:
     responses: tuple[tuple[int, ...], ...]
     pairs: tuple[tuple[int, int], ...]
 
+    def __len__(self) -> int:
+        """Tokens."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
 
 @dataclass
 class RewardConfig(TrainingArguments):
     """`transformers.TrainingArguments`; a batch counts questions."""
 
+    microbatch_tokens: int = field(
+        default=0, metadata={"help": "most tokens of one forward; a longer question goes alone; 0: no bound"}
+    )
     optimizer: str = field(default="adamw", metadata={"help": "adamw or muon (tasks.lm.optimizer)"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "groups are records, not columns"})
     report_to: str | list[str] | None = field(default="none")
@@ -70,7 +78,7 @@ def collate(groups: Sequence[GroupedAnswers]) -> dict[str, Forest | Tensor]:
     }
 
 
-class RewardTrainer(NamedOptimizer, SafeCheckpoints, Trainer):
+class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
     """A light subclass of transformers.Trainer over a sequence-classification model with one label.
 
     Args are Trainer's; `train_dataset` and `eval_dataset` are sequences of :class:`GroupedAnswers`. Every
@@ -79,17 +87,15 @@ class RewardTrainer(NamedOptimizer, SafeCheckpoints, Trainer):
 
     def __init__(self, model, args: RewardConfig, train_dataset: Sequence[GroupedAnswers], **keys) -> None:
         enable_forest(model)
-        keys.setdefault("data_collator", collate)
+        keys.setdefault("data_collator", Parts(collate, len, args.microbatch_tokens))
         super().__init__(model=model, args=args, train_dataset=train_dataset, **keys)
         self.tokens_seen = 0
         self.model_accepts_loss_kwargs = True  # the loss below divides by the pairs of the whole batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean pairwise logistic loss over the pairs of the whole batch, nats."""
-        better, worse = self.score_pairs(model, inputs)
-        loss = pair_loss(better, worse).sum() / (
-            len(better) if num_items_in_batch is None else num_items_in_batch
-        )
+        """A part's share of the mean pairwise logistic loss over the pairs of the batch, nats."""
+        better, worse = self.inside(model, lambda model: self.score_pairs(model, inputs))
+        loss = self.mean_over_batch(pair_loss(better, worse), num_items_in_batch)
         self.tokens_seen += len(inputs["forest"].tokens)
         return (loss, {"margins": better - worse}) if return_outputs else loss
 
@@ -113,11 +119,10 @@ class RewardTrainer(NamedOptimizer, SafeCheckpoints, Trainer):
         """
         self.model.eval()
         margins, scores = [], []
-        for batch in self.get_eval_dataloader(eval_dataset):
-            batch = self._prepare_inputs(batch)
-            found = self.scores(self.model, batch)
+        for part in self.parts_of(self.get_eval_dataloader(eval_dataset)):
+            found = self.scores(self.model, part)
             scores.append(found)
-            margins.append(found[batch["pairs"][:, 0]] - found[batch["pairs"][:, 1]])
+            margins.append(found[part["pairs"][:, 0]] - found[part["pairs"][:, 1]])
         margin, score = torch.cat(margins), torch.cat(scores)
         found = {
             "loss": pair_loss(margin, torch.zeros_like(margin)).mean().item(),

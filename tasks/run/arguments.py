@@ -6,8 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tasks.run.devices import microbatch_rows
-
 
 def training_arguments(
     folder: Path,
@@ -15,7 +13,7 @@ def training_arguments(
     examples: int,
     batch: int,
     epochs: float,
-    microbatch: int,
+    microbatch_tokens: int,
     warmup_share: float,
     dtype: str,
     device: str,
@@ -30,7 +28,7 @@ def training_arguments(
         examples: training examples (packed rows, questions).
         batch: examples per optimizer step.
         epochs: passes over the examples.
-        microbatch: most examples in one forward; changes nothing but memory.
+        microbatch_tokens: most tokens in one forward; changes nothing but memory.
         warmup_share: share of the steps that warm the learning rate up.
         dtype: `float32` or `bfloat16`.
         device: `cpu` or `cuda`.
@@ -39,13 +37,12 @@ def training_arguments(
         more: handed on as they are.
     """
     steps = max(1, math.ceil(examples / batch * epochs))
-    rows = microbatch_rows(batch, microbatch)
     return {
         "output_dir": str(folder),
         "max_steps": steps,
-        "per_device_train_batch_size": rows,
-        "per_device_eval_batch_size": rows,
-        "gradient_accumulation_steps": batch // rows,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "microbatch_tokens": microbatch_tokens,
         "warmup_steps": round(warmup_share * steps),
         "lr_scheduler_type": "cosine",
         "bf16": dtype == "bfloat16",

@@ -22,11 +22,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def microbatch_rows(batch: int, most: int) -> int:
-    """Rows of one forward: the largest divisor of `batch` up to `most`, so that n of them make one batch."""
-    return max(rows for rows in range(1, min(batch, most) + 1) if batch % rows == 0)
-
-
 def use_device(device: str, threads: int):
     """Set the CPU threads and return the torch device: `auto` is cuda where there is one, else cpu.
 

@@ -118,7 +118,7 @@ def ours(kind: str, folder: Path) -> dict[str, float]:
         first = examples[:1]
     trainer.model.eval()
     with torch.no_grad():
-        loss = trainer.compute_loss(trainer.model, trainer.data_collator(first))
+        loss = trainer.compute_loss(trainer.model, trainer.data_collator(first)["parts"][0])
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()

@@ -103,7 +103,7 @@ def test_grouped_is_padded_pairs(tmp_path, kind):
     wanted = padded_loss(plain, some)
     wanted.backward()
     made = trainer(tmp_path, model=tiny.scorer(kind, **keys))
-    batch = made.data_collator(some)
+    batch = collate(some)
     assert (
         tiny.far(made.scores(made.model, batch).detach(), torch.cat(padded_scores(plain, some)).detach())
         <= 1e-5
@@ -117,7 +117,7 @@ def test_grouped_is_padded_pairs(tmp_path, kind):
 
 def test_better_and_worse_are_not_exchanged(tmp_path):
     made, some = trainer(tmp_path), groups(3)
-    loss, outputs = made.compute_loss(made.model, made.data_collator(some), return_outputs=True)
+    loss, outputs = made.compute_loss(made.model, collate(some), return_outputs=True)
     scores = padded_scores(tiny.scorer(), some)
     margins = torch.stack([s[b] - s[w] for g, s in zip(some, scores, strict=True) for b, w in g.pairs])
     assert tiny.far(outputs["margins"].detach(), margins.detach()) <= 1e-5
@@ -238,10 +238,10 @@ def test_the_stage(packed, tmp_path):
     assert (tmp_path / "a/reports/reward/accuracy.png").is_file()
 
 
-def test_microbatch_rows_do_not_change_the_batch(packed, tmp_path):
+def test_microbatch_tokens_do_not_change_the_batch(packed, tmp_path):
     found = {}
-    for most in (64, 3):
+    for most in (4096, 100):
         layout = copied(packed, tmp_path / f"{most}")
-        found[most] = run(tiny.params(machine={"microbatch_rows": most}), layout).metrics
-    assert found[3]["steps"] == found[64]["steps"]
-    assert found[3]["loss"] == pytest.approx(found[64]["loss"], rel=1e-3)
+        found[most] = run(tiny.params(machine={"microbatch_tokens": most}), layout).metrics
+    assert found[100]["steps"] == found[4096]["steps"]
+    assert found[100]["loss"] == pytest.approx(found[4096]["loss"], rel=1e-3)

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from tasks.run.devices import derive_seed, microbatch_rows, seed_everything, use_device
+from tasks.run.devices import derive_seed, seed_everything, use_device
 
 
 def test_a_derived_seed_is_written_out():
@@ -53,10 +53,3 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"machine\.device is cuda"):
         use_device("cuda", 1)
-
-
-@pytest.mark.parametrize(
-    ("batch", "most", "rows"), [(8, 64, 8), (20, 16, 10), (20, 64, 20), (8, 3, 2), (7, 6, 1), (1, 1, 1)]
-)
-def test_microbatches_add_up_to_the_batch(batch, most, rows):
-    assert microbatch_rows(batch, most) == rows

@@ -1,0 +1,99 @@
+"""A batch in parts of so many tokens each, and the road through what accelerate wraps around a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A collator: rows -> `{"parts": [collate(some rows), ...], "labels": [N]}`, the labels those of all.
+
+    With at most 8 tokens a part, rows of 3, 4, 5 and 9 tokens are three parts: 3 + 4, 5, 9.
+    """
+
+    collate: Callable[[Sequence[Any]], dict[str, Any]]  # its `labels`: one for each item the loss averages
+    tokens: Callable[[Any], int]  # of a row
+    most: int  # tokens of a part; a longer row is a part of its own; 0: one part
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """One batch."""
+        parts = [self.collate(some) for some in self._split(rows)]
+        return {"parts": parts, "labels": torch.cat([part["labels"] for part in parts])}
+
+    def _split(self, rows: Sequence[Any]) -> Iterator[list[Any]]:
+        part, held = [], 0
+        for row in rows:
+            size = self.tokens(row)
+            if part and self.most and held + size > self.most:
+                yield part
+                part, held = [], 0
+            part.append(row)
+            held += size
+        yield part
+
+
+class InParts:
+    """A mixin that stands before Trainer: each part of a batch has a forward and a backward of its own.
+
+    Memory follows the largest part; the gradient is that of the whole batch, because `compute_loss(model,
+    part, num_items_in_batch=…)` divides by the items of all parts, of all accumulated batches and processes.
+    """
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Loss of the batch, detached; the parts' gradients are added up."""
+        losses = []
+        for part in inputs["parts"]:
+            is_last = part is inputs["parts"][-1]  # data parallel processes exchange gradients once
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def parts_of(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The parts of some batches, on the device."""
+        for batch in batches:
+            yield from map(self._prepare_inputs, batch["parts"])
+
+    def mean_over_batch(self, values: Tensor, items: Tensor | int | None) -> Tensor:
+        """Sum of `values` over the batch's items; over the number of `values` where Trainer counted none.
+
+        Data parallel processes average their gradients, so each gives its sum times their number.
+        """
+        if items is None:
+            return values.mean()
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return values.sum() / items * processes
+
+    def inside(self, wrapped: nn.Module, function: Callable[[nn.Module], Found]) -> Found:
+        """`function(self.model)`, run as the forward of what accelerate wraps around the model.
+
+        Data parallel wrappers prepare and reduce gradients in their own forward; a call past them would train
+        each process by itself.
+        """
+        model = self.accelerator.unwrap_model(wrapped, keep_torch_compile=False)
+        if wrapped is model:
+            return function(model)
+        before = vars(model).get("forward")  # accelerate puts one there for autocast
+
+        def restore() -> None:
+            vars(model).pop("forward", None) if before is None else vars(model).update(forward=before)
+
+        def redirected() -> Found:
+            restore()
+            return function(model)
+
+        vars(model)["forward"] = redirected
+        try:
+            return wrapped()
+        finally:
+            restore()

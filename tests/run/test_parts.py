@@ -1,0 +1,102 @@
+"""Parts of a batch, several processes: always the gradient of the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer
+from tasks.run.parts import Parts
+from tasks.sft import PackedRow, SFTConfig, SFTTrainer
+
+
+def sizes(most: int, rows: list[int]) -> list[list[int]]:
+    collate = Parts(lambda some: {"rows": some, "labels": torch.zeros(len(some))}, lambda row: row, most)
+    found = collate(rows)
+    assert len(found["labels"]) == len(rows)
+    return [part["rows"] for part in found["parts"]]
+
+
+def test_parts_by_hand():
+    assert sizes(8, [3, 4, 5, 9]) == [[3, 4], [5], [9]]
+    assert sizes(8, [9, 4, 4, 1]) == [[9], [4, 4], [1]]
+    assert sizes(0, [3, 4, 5, 9]) == [[3, 4, 5, 9]]
+
+
+class Gradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.found = {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def trained(kind: str, folder: Path, **arguments) -> dict[str, torch.Tensor]:
+    """Gradients of the first step over eight rows of unequal numbers of items."""
+    keys = {
+        "output_dir": str(folder), "max_steps": 1, "use_cpu": True, "disable_tqdm": True,
+        "save_strategy": "no", "dataloader_pin_memory": False, "max_grad_norm": 1e9, "learning_rate": 1e-2,
+        **arguments,
+    }  # fmt: skip
+    drawn = tiny.drawn([3 + n % 5 for n in range(32)])
+    seen = Gradients()
+    if kind == "sft":
+        rows = [
+            PackedRow(tuple(a + b), (len(a), len(b)), (1, 1))
+            for a, b in zip(drawn[:8], drawn[8:16], strict=True)
+        ]
+        SFTTrainer(tiny.causal(), SFTConfig(**keys), rows, callbacks=[seen]).train()
+    else:
+        groups = [
+            GroupedAnswers(tuple(drawn[n]), tuple(map(tuple, drawn[8 + 3 * n : 11 + 3 * n])),
+                           ((0, 1), (2, 1), (0, 2))[: 1 + n % 3])
+            for n in range(8)
+        ]  # fmt: skip
+        RewardTrainer(tiny.scorer(), RewardConfig(**keys), groups, callbacks=[seen]).train()
+    return seen.found
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_parts_make_the_whole_batch(tmp_path, kind):
+    whole = trained(kind, tmp_path, per_device_train_batch_size=8)
+    for most in (1, 30):
+        found = trained(kind, tmp_path, per_device_train_batch_size=8, microbatch_tokens=most)
+        assert tiny.far_gradients(found, whole) <= 1e-5
+    halves = trained(
+        kind, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, microbatch_tokens=25
+    )
+    assert tiny.far_gradients(halves, whole) <= 1e-5
+
+
+RANK = """
+import os, sys
+from pathlib import Path
+from safetensors.torch import save_file
+import test_parts as t
+kind, folder = sys.argv[1], Path(sys.argv[2])
+found = t.trained(kind, folder, per_device_train_batch_size=4, microbatch_tokens=30, ddp_backend="gloo")
+found = {k.removeprefix("module."): v for k, v in found.items()}
+save_file(found, folder / f"rank-{os.environ['RANK']}.safetensors")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_two_processes_make_the_whole_batch(tmp_path, kind):
+    """Each takes half of the batch, in parts, with another number of items than the other."""
+    (tmp_path / "rank.py").write_text(RANK)
+    tests = Path(__file__).parents[1]
+    path = f"{Path(__file__).parent}:{tests}:{tests.parent}"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(
+        [*launch, tmp_path / "rank.py", kind, tmp_path], check=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    whole = trained(kind, tmp_path, per_device_train_batch_size=8)
+    for rank in (0, 1):
+        assert tiny.far_gradients(load_file(tmp_path / f"rank-{rank}.safetensors"), whole) <= 1e-5
