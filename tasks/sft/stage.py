@@ -1,0 +1,81 @@
+"""The sft stage: packed rows on disk -> policy on disk."""
+
+from __future__ import annotations
+
+from pyarrow import parquet
+
+from params.schema import Params
+from tasks.lm.loading import create_causal, fit_embeddings, load_causal, load_tokenizer, save_model
+from tasks.run.arguments import training_arguments
+from tasks.run.curve import Curve, plot
+from tasks.run.devices import derive_seed, seed_everything, use_device
+from tasks.run.files import staged
+from tasks.run.follow import follow
+from tasks.run.layout import Layout, StageResult
+from tasks.run.tracking import log_artifact
+from tasks.sft.records import PackedRow
+from tasks.sft.trainer import SFTConfig, SFTTrainer
+
+
+def read_rows(layout: Layout) -> tuple[list[PackedRow], list[PackedRow]]:
+    """Training rows and validation rows; without validation documents the training rows serve for both."""
+    table = parquet.read_table(layout.artifact("pack", "rows", "sft.parquet")).to_pylist()
+    rows = {
+        held: [
+            PackedRow(*(tuple(r[k]) for k in ("tokens", "lengths", "prompts")))
+            for r in table
+            if r["is_validation"] is held
+        ]
+        for held in (False, True)
+    }
+    return rows[False], rows[True] or rows[False]
+
+
+def run(params: Params, layout: Layout) -> StageResult:
+    """The stage.
+
+    Raises:
+        ValueError: a base model without weights, no training row.
+    """
+    sft, machine = params.sft, params.machine
+    device = use_device(machine.device, machine.threads)
+    seed = derive_seed(params.seed, "sft", "train")
+    seed_everything(seed)
+    tokenizer = load_tokenizer(layout.artifact("pack", "tokenizer"))
+    if params.model.base:
+        model = load_causal(params.model.base, params.model.revision)
+    else:
+        model = create_causal(params.model.config.model_dump(exclude={"vocab_size"}), tokenizer)
+    fit_embeddings(model, tokenizer)
+    train, held = read_rows(layout)
+    if not train:
+        raise ValueError("sft: artifacts/pack/rows holds no training row")
+    given = sft.model_dump(exclude={"batch_rows"})
+    arguments = training_arguments(
+        layout.scratch("sft"),
+        examples=len(train),
+        batch=sft.batch_rows,
+        microbatch_tokens=machine.microbatch_tokens,
+        device=device.type,
+        seed=seed,
+        checkpoint_steps=machine.checkpoint_steps,
+        **given,
+    )
+    config = SFTConfig(**arguments)
+    trainer = SFTTrainer(model, config, train, eval_dataset=held, processing_class=tokenizer)
+    follow(trainer, "sft")
+    trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
+    metrics = trainer.evaluate()
+    with staged(layout.artifact("sft", "model")) as folder:
+        save_model(model, tokenizer, folder)
+    curve = Curve.of_log(trainer.state.log_history, ("loss", "learning_rate", "grad_norm"))
+    curve.write(layout.artifact("sft", "curve.csv"))
+    log_artifact(plot(layout.home / "reports/sft/loss.png", curve, ["loss"], "SFT loss, nats per token"))
+    parameters = sum(p.numel() for p in model.parameters())
+    return StageResult(
+        {
+            "steps": config.max_steps,
+            "parameters": parameters,
+            **{k.removeprefix("eval_"): v for k, v in metrics.items()},
+        }
+    )
