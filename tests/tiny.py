@@ -36,6 +36,9 @@ OWN_KEYS = {
         "num_attention_heads": 2, "max_position_embeddings": 64,
     },
     "gemma": LLAMA | {"head_dim": 8},
+    "electra": LLAMA | {"embedding_size": 12},
+    "distilbert": {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64},
+    "modernbert": LLAMA | {"cls_token_id": 2, "sep_token_id": 3, "local_attention": 4},
 }  # fmt: skip
 
 
@@ -54,7 +57,7 @@ def causal(kind: str = "llama", seed: int = 0, **keys):
 def scorer(kind: str = "llama", seed: int = 0, **keys):
     """A random reward model in evaluation mode."""
     torch.manual_seed(seed)
-    return _loud(AutoModelForSequenceClassification.from_config(config_of(kind, num_labels=1, **keys)))
+    return _loud(AutoModelForSequenceClassification.from_config(config_of(kind, **{"num_labels": 1, **keys})))
 
 
 def _loud(model):
@@ -75,7 +78,7 @@ def drawn(lengths, seed: int = 0, low: int = 2, high: int = 32) -> list[list[int
 
 def far(found, wanted) -> float:
     """Largest difference, relative to the largest wanted magnitude."""
-    found, wanted = torch.as_tensor(found, dtype=torch.float64), torch.as_tensor(wanted, dtype=torch.float64)
+    found, wanted = (torch.as_tensor(x).detach().double() for x in (found, wanted))
     assert found.shape == wanted.shape
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
 

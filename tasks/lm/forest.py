@@ -2,12 +2,12 @@
 
 A segment may have a parent whose tokens it sees first (a question), then itself, causally; position ids
 continue from the parent. Documents of an SFT batch are roots; the answers to one question are its children.
+For an encoder every segment is a root and each token sees all of its segment.
 Everything but attention works token by token, so a row of T tokens costs what its tokens cost; attention
 gathers segments of like length into a few dense blocks (a :class:`Block`), computed once per batch and shared
 by every layer.
 
-Registered with transformers as attention function `forest`; a model whose class cannot be served is refused
-by name.
+Registered with transformers as attention function `forest`; a model that cannot be served is refused by name.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Block:
     queries: Tensor  # [n·Q] int64, place in the row; padding repeats a place
     keys: Tensor  # [n·K] int64
     shape: tuple[int, int, int]  # n, Q, K
-    sees: Tensor  # [n, 1, Q, K] bool: the key is an ancestor's, or the segment's own and not later
+    sees: Tensor  # bool; causal [n, 1, Q, K]: no key after the query's own; else [n, 1, 1, K]: every real key
     real: Tensor  # [tokens of these segments] int64, place in the flattened [n·Q]
 
     def to(self, device, **_) -> Block:
@@ -60,13 +60,15 @@ class Forest:
     """One row of segments.
 
     Miniature: for the example of :class:`Segment`, tokens 5 6 7 1 8 9 1, positions 0 1 2 3 2 3 4,
-    starts (0, 2, 4), lengths (2, 2, 3).
+    starts (0, 2, 4), lengths (2, 2, 3), parents (-1, 0, 0).
     """
 
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64, counted from the root's first token
     starts: tuple[int, ...]  # first place of each segment
     lengths: tuple[int, ...]  # tokens of each segment
+    parents: tuple[int, ...]  # segment that each one continues, −1 for a root
+    is_causal: bool  # False: each token sees its whole segment (encoders)
     blocks: tuple[Block, ...]
     order: Tensor  # [T] int64: where each token's output stands in the blocks' concatenated outputs
 
@@ -76,11 +78,17 @@ class Forest:
         return replace(self, **moved, blocks=tuple(block.to(device) for block in self.blocks))
 
 
-def plant(segments: Sequence[Segment]) -> Forest:
+def plant(segments: Sequence[Segment], is_causal: bool = True) -> Forest:
     """Lay segments in one row, in their order; a parent stands before its children.
 
+    Args:
+        segments: at least one, none empty; a document without a question is a root.
+        is_causal: False for an encoder: each token sees all of its segment. All segments are roots then: a
+            question would have to see each of the answers that share it.
+
     Raises:
-        ValueError: no segment, an empty one, or a parent that does not stand before its child.
+        ValueError: no segment, an empty one, a parent that does not stand before its child, or any parent
+            where the forest is not causal.
     """
     if not segments:
         raise ValueError("a forest needs at least one segment")
@@ -90,6 +98,8 @@ def plant(segments: Sequence[Segment]) -> Forest:
             raise ValueError(f"segment {i} of a forest is empty")
         if segment.parent >= i:
             raise ValueError(f"segment {i} of a forest stands before its parent {segment.parent}")
+        if segment.parent >= 0 and not is_causal:
+            raise ValueError(f"segment {i} has a parent, but in a bidirectional forest all are roots")
         up = segment.parent
         starts.append(place)
         depths.append(0 if up < 0 else depths[up] + len(segments[up].tokens))
@@ -99,7 +109,7 @@ def plant(segments: Sequence[Segment]) -> Forest:
     blocks, outputs = [], torch.empty(place, dtype=torch.long)
     base = 0
     for members in _alike(lengths, depths):
-        block, places = _block(members, chains, starts, lengths)
+        block, places = _block(members, chains, starts, lengths, is_causal)
         outputs[places] = torch.arange(base, base + len(places))
         base += len(places)
         blocks.append(block)
@@ -108,6 +118,8 @@ def plant(segments: Sequence[Segment]) -> Forest:
         positions=torch.cat([torch.arange(d, d + n) for d, n in zip(depths, lengths, strict=True)]),
         starts=tuple(starts),
         lengths=tuple(lengths),
+        parents=tuple(max(s.parent, -1) for s in segments),
+        is_causal=is_causal,
         blocks=tuple(blocks),
         order=outputs,
     )
@@ -125,7 +137,7 @@ def _step(n: int) -> int:
     return 5 if n <= 32 else n.bit_length() * 2 + (n >> (n.bit_length() - 2) & 1)
 
 
-def _block(members, chains, starts, lengths) -> tuple[Block, Tensor]:
+def _block(members, chains, starts, lengths, is_causal) -> tuple[Block, Tensor]:
     keys = [torch.cat([torch.arange(starts[c], starts[c] + lengths[c]) for c in chains[i]]) for i in members]
     own = torch.tensor([lengths[i] for i in members])
     whole = torch.tensor([len(k) for k in keys])
@@ -135,28 +147,31 @@ def _block(members, chains, starts, lengths) -> tuple[Block, Tensor]:
     first = torch.tensor([starts[i] for i in members])[:, None]
     queries = torch.where(is_real, first + column, first)
     # query j of a segment stands at place (whole − own + j) of its own keys; padding keys come after them all
-    sees = torch.arange(k) <= (whole - own)[:, None, None] + column[:, None]
+    last = (whole - own)[:, None, None] + column[:, None] if is_causal else whole[:, None, None] - 1
+    sees = torch.arange(k) <= last
     padded = torch.nn.utils.rnn.pad_sequence(keys, batch_first=True, padding_value=0)
     real = is_real.flatten().nonzero()[:, 0]
     return Block(queries.flatten(), padded.flatten(), (n, q, k), sees[:, None], real), queries.flatten()[real]
 
 
+NOT_SERVED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")  # of other attentions
+
+
 def forest_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, forest=None, **keys
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, forest=None, **keys
 ):
     """Attention over a forest; without one, plain SDPA. query [1, heads, T, D] -> [1, T, heads, D].
 
     Raises:
-        ValueError: the model uses a sliding window, or several rows at once.
+        ValueError: the layer is causal and the forest is not, or the reverse; the layer uses a sliding window
+            or another thing that a forest does not serve; several rows at once.
     """
     if forest is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keys
-        )
-    if keys.get("sliding_window") is not None and keys["sliding_window"] < max(
-        b.shape[2] for b in forest.blocks
-    ):
-        raise ValueError(f"{type(module).__name__} uses a sliding window, which a forest does not serve")
+            module, query, key, value, attention_mask,
+            dropout=dropout, scaling=scaling, is_causal=is_causal, **keys,
+        )  # fmt: skip
+    _refuse_other_attention(module, forest, is_causal, keys)
     if query.shape[0] != 1:
         raise ValueError(f"a forest is one row; {query.shape[0]} rows came")
     groups = getattr(module, "num_key_value_groups", 1)
@@ -174,6 +189,20 @@ def forest_attention(
         outputs.append(out.transpose(1, 2).reshape(n * rows, *v.shape[1:]).index_select(0, block.real))
     module.forest_calls = getattr(module, "forest_calls", 0) + 1
     return torch.cat(outputs).index_select(0, forest.order)[None], None
+
+
+def _refuse_other_attention(module, forest: Forest, is_causal: bool | None, keys: dict) -> None:
+    name = type(module).__name__
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if is_causal != forest.is_causal:
+        ways = {True: "causal", False: "bidirectional"}
+        raise ValueError(f"{name} is {ways[is_causal]}, but the forest was planted {ways[forest.is_causal]}")
+    window = keys.get("sliding_window")
+    if window is not None and window < max(block.shape[2] for block in forest.blocks):
+        raise ValueError(f"{name} uses a sliding window, which a forest does not serve")
+    for key in NOT_SERVED:
+        if keys.get(key) is not None:
+            raise ValueError(f"{name} uses {key}, which a forest does not serve")
 
 
 def _attend(query, key, value, sees, dropout, scaling) -> Tensor:
@@ -210,10 +239,12 @@ def has_forest(model) -> bool:
 def serve_forest(model) -> bool:
     """Enable the forest where the model can be served; False, with nothing changed, where it cannot.
 
-    A sliding window, whole or in some layers, is served by padded rows too.
+    Padded rows serve the others: own attention classes (GPT-J, Bloom), a sliding window, whole or in some
+    layers, and layers that are no attention.
     """
     config, before = model.config.get_text_config(), model.config._attn_implementation
-    if getattr(config, "sliding_window", None) is not None:
+    attentions = sum(hasattr(module, "is_causal") for module in model.modules())
+    if getattr(config, "sliding_window", None) is not None or attentions != config.num_hidden_layers:
         return False
     try:
         enable_forest(model)
@@ -233,7 +264,7 @@ def run_forest(model, forest: Forest, **keys):
     before = _calls(model)
     out = model(
         input_ids=forest.tokens[None],
-        position_ids=forest.positions[None],
+        position_ids=forest.positions[None] + _first_position(model),
         attention_mask=torch.empty(
             1, 1, 0, 0, device=forest.tokens.device
         ),  # any 4-D mask is handed on as it is
@@ -241,11 +272,25 @@ def run_forest(model, forest: Forest, **keys):
         use_cache=False,
         **keys,
     )
-    called, layers = _calls(model) - before, model.config.get_text_config().num_hidden_layers
+    bare = unwrapped(model)
+    called, layers = _calls(model) - before, bare.config.get_text_config().num_hidden_layers
     if called != layers:
-        name = type(model).__name__
+        name = type(bare).__name__
         raise ValueError(f"{name} calls the forest attention in {called} of its {layers} layers")
     return out
+
+
+def unwrapped(model):
+    """The transformers model inside distributed wrappers and adapters."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _first_position(model) -> int:
+    """RoBERTa and its kin count positions from behind their padding index, which stands for no position."""
+    tables = (m for n, m in model.named_modules() if n.endswith("position_embeddings"))
+    padding = next((getattr(table, "padding_idx", None) for table in tables), None)
+    return 0 if padding is None else padding + 1
 
 
 def _calls(model) -> int:

@@ -1,4 +1,7 @@
-"""Scores of a reward model: one per document, read at its last token."""
+"""Scores of a reward model, one per document, as plain transformers gives them.
+
+A decoder is read at a document's last token; an encoder by its own head, mostly over the first.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,47 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from tasks.lm.forest import Forest, Segment, enable_forest, plant, run_forest
+from tasks.lm.forest import Forest, Segment, has_forest, plant, run_forest, serve_forest, unwrapped
+
+# Encoders whose heads read the first token of what this stack gives: packed. All others take padded rows.
+STACKS = {
+    "bert": "encoder", "roberta": "encoder", "xlm-roberta": "encoder", "camembert": "encoder",
+    "electra": "encoder", "distilbert": "transformer",
+}  # fmt: skip
 
 
-def forest_scores(model, forest: Forest, ends: Tensor) -> Tensor:
-    """Scores at the places `ends` of a forest. ends [A] -> [A], float32.
+def is_encoder(model) -> bool:
+    """Whether a reward model reads whole documents by a head of its own; else it is read at the last token.
+
+    An encoder's documents are roots of a forest that is not causal; a decoder's answers can share a question.
+    """
+    bare = unwrapped(model)
+    return bare.config.is_encoder_decoder or not hasattr(bare, "score")
+
+
+def forest_scores(model, forest: Forest, segments: Sequence[int]) -> Tensor:
+    """Scores of the documents that end with the named segments. A segments -> [A], float32.
+
+    The model runs as a whole, inside its distributed wrapper and adapters; one that serves no forest sees the
+    same documents in padded rows.
 
     Raises:
-        ValueError: the model has no `score` head over a backbone.
+        ValueError: an encoder and a causal forest, or the reverse; more labels than one.
     """
-    if not hasattr(model, "score"):
-        raise ValueError(f"{type(model).__name__} has no score head")
-    hidden = run_forest(model.base_model, forest).last_hidden_state[0, ends]
-    return model.score(hidden).squeeze(-1).float()
-
-
-def ends_of(forest: Forest, segments: Sequence[int]) -> Tensor:
-    """Places of the last tokens of the named segments, [A]."""
+    bare = unwrapped(model)
+    name, labels = type(bare).__name__, getattr(bare.config, "num_labels", None)
+    if "ForSequenceClassification" not in name or labels != 1:
+        raise ValueError(f"{name} with {labels} labels is no sequence classification with one label")
+    if is_encoder(model) == forest.is_causal:
+        raise ValueError(f"{name}: a forest of is_causal={not forest.is_causal} is wanted")
+    if not has_forest(bare) or (is_encoder(model) and bare.config.model_type not in STACKS):
+        return _padded_scores(model, [_document(forest, i) for i in segments])
+    if is_encoder(model):
+        return _first_token_scores(model, forest, segments)
     ends = [forest.starts[i] + forest.lengths[i] - 1 for i in segments]
-    return torch.tensor(ends, device=forest.tokens.device)
+    return _last_token_scores(model, lambda: run_forest(model, forest), [0] * len(ends), ends)
 
 
 @torch.no_grad()
@@ -34,10 +58,63 @@ def score_documents(model, documents: Sequence[Sequence[int]], rows: int) -> Ten
 
     B lists -> [B] on the CPU.
     """
-    enable_forest(model)
+    serve_forest(model)
     model.eval()
     scores = []
     for first in range(0, len(documents), rows):
-        forest = plant([Segment(d) for d in documents[first : first + rows]]).to(model.device)
-        scores.append(forest_scores(model, forest, ends_of(forest, range(len(forest.starts)))))
+        roots = [Segment(d) for d in documents[first : first + rows]]
+        forest = plant(roots, is_causal=not is_encoder(model)).to(model.device)
+        scores.append(forest_scores(model, forest, range(len(roots))))
     return torch.cat(scores).cpu()
+
+
+def _first_token_scores(model, forest: Forest, segments: Sequence[int]) -> Tensor:
+    """The stack hands on each document's first state alone, [A, 1, H], and the model's own head reads it."""
+    firsts = torch.tensor([forest.starts[i] for i in segments], device=forest.tokens.device)
+
+    def narrow(module, inputs, out):
+        out.last_hidden_state = out.last_hidden_state[0, firsts, None]
+        return out
+
+    bare = unwrapped(model)
+    hook = getattr(bare.base_model, STACKS[bare.config.model_type]).register_forward_hook(narrow)
+    try:
+        return run_forest(model, forest).logits[:, 0].float()
+    finally:
+        hook.remove()
+
+
+def _last_token_scores(model, forward, rows: Sequence[int], places: Sequence[int]) -> Tensor:
+    """What the score head said at these places of the rows during one forward."""
+    said = []
+    hook = unwrapped(model).score.register_forward_hook(lambda module, inputs, out: said.append(out))
+    try:
+        forward()
+    finally:
+        hook.remove()
+    return said[0][rows, places, 0].float()
+
+
+def _padded_scores(model, documents: Sequence[Sequence[int]]) -> Tensor:
+    """Right-padded rows; one row at a time where the model knows no pad id."""
+    bare = unwrapped(model)
+    pad = bare.config.get_text_config().pad_token_id
+    if pad is None and len(documents) > 1:
+        return torch.cat([_padded_scores(model, [document]) for document in documents])
+    device = next(model.parameters()).device
+    rows = [torch.tensor(d, device=device) for d in documents]
+    keys = {
+        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad or 0),
+        "attention_mask": pad_sequence([torch.ones_like(r) for r in rows], batch_first=True),
+    }
+    if is_encoder(model):
+        return model(**keys).logits[:, 0].float()
+    ends = [len(d) - 1 for d in documents]
+    return _last_token_scores(model, lambda: model(**keys), range(len(ends)), ends)
+
+
+def _document(forest: Forest, segment: int) -> list[int]:
+    """The tokens of a segment after those of its ancestors."""
+    up = [] if forest.parents[segment] < 0 else _document(forest, forest.parents[segment])
+    first = forest.starts[segment]
+    return [*up, *forest.tokens[first : first + forest.lengths[segment]].tolist()]

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from tasks.lm.forest import Forest, Segment, enable_forest, plant
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
-from tasks.lm.scoring import ends_of, forest_scores
+from tasks.lm.scoring import forest_scores
 from tasks.run.parts import InParts, Parts
 from tasks.run.trainer import SafeCheckpoints
 
@@ -54,12 +54,12 @@ def pair_loss(better: Tensor, worse: Tensor) -> Tensor:
     return -functional.logsigmoid(better - worse)
 
 
-def collate(groups: Sequence[GroupedAnswers]) -> dict[str, Forest | Tensor]:
-    """Groups -> one forest with the places where scores are read, and the pairs among them.
+def collate(groups: Sequence[GroupedAnswers]) -> dict[str, Forest | Tensor | list[int]]:
+    """Groups -> one forest, its answers, and the pairs among them.
 
     Returns:
-        forest; `ends` [A] places of the answers' last tokens; `pairs` [P, 2] (better, worse) into the
-        answers; `labels` [P] zeros: the first of each pair is the better one.
+        forest; `answers` [A] the segments that are answers; `pairs` [P, 2] (better, worse) into the answers;
+        `labels` [P] zeros: the first of each pair is the better one.
     """
     segments, answers, pairs = [], [], []
     for group in groups:
@@ -72,7 +72,7 @@ def collate(groups: Sequence[GroupedAnswers]) -> dict[str, Forest | Tensor]:
     forest = plant(segments)
     return {
         "forest": forest,
-        "ends": ends_of(forest, answers),
+        "answers": answers,
         "pairs": torch.tensor(pairs),
         "labels": torch.zeros(len(pairs)),
     }
@@ -107,7 +107,7 @@ class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
     def scores(self, model, inputs) -> Tensor:
         """Scores of all answers of a batch, [A]."""
         with autocast(self.args.device, "bfloat16" if self.args.bf16 else "float32"):
-            return forest_scores(model, inputs["forest"], inputs["ends"])
+            return forest_scores(model, inputs["forest"], inputs["answers"])
 
     @torch.no_grad()
     def evaluate(

@@ -115,15 +115,16 @@ def test_the_order_of_the_documents_does_not_matter():
     assert all(tiny.far(a, b) <= CLOSE for a, b in zip(found, there[::-1], strict=True))
 
 
-def leak(segments, changed) -> float:
-    """How much the logits of the last segment move when the tokens of another one change."""
-    model = tiny.causal()
+def leak(segments, changed, kind="llama") -> float:
+    """How much the last segment's hidden states move when the tokens of another one change."""
+    model = tiny.scorer(kind).base_model
     enable_forest(model)
     found = []
     for tokens in (segments[changed].tokens, [(t + 9) % 32 for t in segments[changed].tokens]):
         row = list(segments)
         row[changed] = Segment(tokens, segments[changed].parent)
-        found.append(run_forest(model, plant(row)).logits[0, -len(row[-1].tokens) :])
+        hidden = run_forest(model, plant(row, is_causal=kind == "llama")).last_hidden_state
+        found.append(hidden[0, -len(row[-1].tokens) :].detach())
     return tiny.far(found[1], found[0])
 
 
@@ -131,6 +132,13 @@ def test_a_document_cannot_see_its_neighbour():
     first, second = tiny.drawn((6, 8))
     assert leak([Segment(first), Segment(second)], 0) == 0
     assert leak([Segment(first), Segment(second, 0)], 0) > 0.05, "without the boundary it is seen"
+
+
+def test_a_bidirectional_document_sees_all_of_itself_and_no_neighbour():
+    first, second = tiny.drawn((6, 8))
+    assert leak([Segment(first), Segment(second)], 0, "bert") == 0
+    assert leak([Segment(second), Segment(first)], 0, "bert") == 0
+    assert leak([Segment(first + second)], 0, "bert") > 0.05
 
 
 def test_an_answer_sees_its_question_and_not_its_sibling():
@@ -166,6 +174,13 @@ def test_a_block_by_hand():
     assert block.real.tolist() == [0, 1, 2]
 
 
+def test_a_bidirectional_block_by_hand():
+    """Two documents side by side: every query sees the real keys of its document, and these only."""
+    (block,) = plant([Segment((5, 6)), Segment((7,))], is_causal=False).blocks
+    assert block.keys.tolist() == [0, 1, 2, 0]
+    assert block.sees[:, 0].tolist() == [[[True, True]], [[True, False]]]
+
+
 def test_blocks_hold_every_token_once_and_bound_their_waste():
     segments = roots((*range(1, 81), 300))
     forest = plant([*segments, Segment(segments[4].tokens, 80), Segment(segments[5].tokens, 70)])
@@ -192,6 +207,12 @@ def test_blocks_hold_every_token_once_and_bound_their_waste():
 def test_what_is_no_forest(segments, message):
     with pytest.raises(ValueError, match=message):
         plant(segments)
+
+
+def test_no_segment_of_a_bidirectional_forest_has_a_parent():
+    """The shared question would see the answers: not what each whole document gives."""
+    with pytest.raises(ValueError, match="segment 1 has a parent"):
+        plant([Segment((5,)), Segment((6,), 0)], is_causal=False)
 
 
 @pytest.mark.parametrize("kind", ["gptj", "bloom"])

@@ -6,42 +6,155 @@ import pytest
 import tiny
 import torch
 
-from tasks.lm.forest import Segment, enable_forest, plant
-from tasks.lm.scoring import ends_of, forest_scores, score_documents
+from tasks.lm import forest as forest_module
+from tasks.lm.forest import Segment, enable_forest, plant, run_forest, serve_forest
+from tasks.lm.scoring import STACKS, forest_scores, is_encoder, score_documents
+
+DECODERS = ("llama", "gpt2", "opt", "qwen2")
+PADDED_DECODERS = {"gptj": {}, "bloom": {}, "mistral": {"sliding_window": 4}}
+PADDED_ENCODERS = {"deberta-v2": {}, "modernbert": {}, "albert": {}}
 
 
-def plain_scores(model, documents) -> torch.Tensor:
+def plain_scores(model, documents, pad=tiny.PAD) -> torch.Tensor:
     """Right-padded rows through the model's own forward; pad differs from eos."""
     width = max(map(len, documents)) + 2
-    ids = torch.tensor([d + [tiny.PAD] * (width - len(d)) for d in documents])
-    return model(input_ids=ids, attention_mask=(ids != tiny.PAD).long()).logits[:, 0]
+    ids = torch.tensor([d + [pad] * (width - len(d)) for d in documents])
+    mask = torch.tensor([[1] * len(d) + [0] * (width - len(d)) for d in documents])
+    return model(input_ids=ids, attention_mask=mask).logits[:, 0]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "qwen2"])
+def runs(monkeypatch) -> list[int]:
+    """Counts calls of the forest attention from here on."""
+    calls, attend = [], forest_module._attend
+    monkeypatch.setattr(forest_module, "_attend", lambda *a: (calls.append(1), attend(*a))[1])
+    return calls
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, *STACKS, *PADDED_DECODERS, *PADDED_ENCODERS])
 @pytest.mark.parametrize("rows", [1, 3, 100])
 @torch.no_grad()
-def test_scores_are_those_of_plain_transformers(kind, rows):
-    """Some documents end with eos, some are cut off; whole batches and parts of them."""
-    model = tiny.scorer(kind)
+def test_scores_are_those_of_plain_transformers(monkeypatch, kind, rows):
+    """Some documents end with eos, some are cut off; whole batches and parts of them; packed where served."""
+    padded = PADDED_DECODERS | PADDED_ENCODERS
+    model = tiny.scorer(kind, **padded.get(kind, {}))
     documents = tiny.drawn((5, 12, 1, 33, 7)) + [[*d, tiny.EOS] for d in tiny.drawn((4, 9), 1)]
     wanted = plain_scores(model, documents)
+    assert wanted.std() > 0.05, "far from uniform"
+    calls = runs(monkeypatch)
     found = score_documents(model, documents, rows)
     assert found.shape == (7,) and found.dtype == torch.float32
     assert tiny.far(found, wanted) <= 1e-5
+    assert bool(calls) == (kind not in padded)
+    assert is_encoder(model) == (kind in {**STACKS, **PADDED_ENCODERS})
 
 
-def test_ends_by_hand():
-    forest = plant([Segment((5, 6)), Segment((7, 1), 0), Segment((8, 9, 1), 0)])
-    assert ends_of(forest, [1, 2]).tolist() == [3, 6]
-    assert ends_of(forest, [0]).tolist() == [1]
+@pytest.mark.parametrize("kind", [*DECODERS, *STACKS, "gptj", "deberta-v2"])
+def test_loss_and_gradients_are_those_of_plain_transformers(kind):
+    model, documents = tiny.scorer(kind), tiny.drawn((5, 12, 1, 33, 7))
+    weights = torch.tensor([0.5, -1.0, 2.0, 1.0, -0.7])
+    (plain_scores(model, documents) * weights).sum().backward()
+    wanted = tiny.gradients(model)
+    serve_forest(model)
+    grown = plant([Segment(d) for d in documents], is_causal=not is_encoder(model))
+    (forest_scores(model, grown, [4, 2, 0, 1, 3]) * weights[[4, 2, 0, 1, 3]]).sum().backward()
+    assert tiny.far_gradients(tiny.gradients(model), wanted) <= 1e-5
 
 
-def test_a_model_without_a_score_head_is_refused():
-    model = tiny.causal()
+@pytest.mark.parametrize("kind", ["llama", "gptj"])
+def test_answers_that_share_a_question_score_as_whole_documents(kind):
+    """A tree, with an answer to an answer; padded rows repeat the question."""
+    model = tiny.scorer(kind)
+    question, first, second, third = tiny.drawn((6, 3, 9, 2))
+    documents = [question + first, question + second, question + first + third]
+    wanted = plain_scores(model, documents)
+    serve_forest(model)
+    tree = plant([Segment(question), Segment(first, 0), Segment(second, 0), Segment(third, 1)])
+    assert tiny.far(forest_scores(model, tree, [1, 2, 3]), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("pad", [tiny.PAD, 31])
+@torch.no_grad()
+def test_roberta_counts_positions_from_behind_its_padding_index(pad):
+    model = tiny.scorer("roberta", pad_token_id=pad)
+    documents = tiny.drawn((5, 12, 1), high=31)
+    wanted = plain_scores(model, documents, pad)
+    assert tiny.far(score_documents(model, documents, 8), wanted) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_model_without_a_pad_id_is_read_row_by_row():
+    model = tiny.scorer("gptj", pad_token_id=None)
+    documents = tiny.drawn((5, 12, 1))
+    alone = [model(input_ids=torch.tensor([d])).logits[0, 0] for d in documents]
+    assert tiny.far(score_documents(model, documents, 8), torch.stack(alone)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "gptj"])
+def test_nothing_stays_on_the_model(kind):
+    """Neither a plain forward nor the next forest sees a hook of this one."""
+    model, documents = tiny.scorer(kind), tiny.drawn((5, 3))
+    first = score_documents(model, documents, 8)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(score_documents(model, documents, 8), first)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_adapters_and_wrappers_are_seen_through(kind):
+    """LoRA on every linear layer; the whole wrapped model runs, as distributed training needs it to."""
+    from peft import LoraConfig, get_peft_model
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.calls = module, 0
+
+        def forward(self, *args, **keys):
+            self.calls += 1
+            return self.module(*args, **keys)
+
+    adapter = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=4, init_lora_weights=False)
+    model = get_peft_model(tiny.scorer(kind), adapter).eval()
+    documents = tiny.drawn((5, 12, 1))
+    wanted = plain_scores(model, documents)
+    wanted.sum().backward()
+    gradients = tiny.gradients(model)
+    assert any("lora_A" in name for name in gradients)
     enable_forest(model)
-    forest = plant([Segment((5,))])
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no score head"):
-        forest_scores(model, forest, torch.tensor([0]))
+    wrapper, grown = Wrapper(model), plant([Segment(d) for d in documents], is_causal=kind == "llama")
+    found = forest_scores(wrapper, grown, range(3))
+    found.sum().backward()
+    assert wrapper.calls == 1
+    assert tiny.far(found.detach(), wanted.detach()) <= 1e-5
+    assert tiny.far_gradients(tiny.gradients(model), gradients) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "gptj", "deberta-v2"])
+def test_the_wrong_kind_of_forest_is_refused(kind):
+    model = tiny.scorer(kind)
+    serve_forest(model)
+    grown = plant([Segment((5, 6))], is_causal=is_encoder(model))
+    with pytest.raises(ValueError, match=f"a forest of is_causal={not is_encoder(model)} is wanted"):
+        forest_scores(model, grown, [0])
+
+
+@pytest.mark.parametrize(("kind", "name"), [("llama", "LlamaAttention"), ("bert", "BertSelfAttention")])
+def test_the_wrong_kind_of_forest_never_runs(kind, name):
+    """Under the scores too: the attention itself refuses, in whichever layer."""
+    model = tiny.scorer(kind)
+    enable_forest(model)
+    ways = ("causal", "bidirectional") if kind == "llama" else ("bidirectional", "causal")
+    with pytest.raises(ValueError, match=f"{name} is {ways[0]}, but the forest was planted {ways[1]}"):
+        run_forest(model.base_model, plant([Segment((5, 6))], is_causal=kind != "llama"))
+
+
+def test_models_that_give_no_score_are_refused():
+    grown = plant([Segment((5,))])
+    with pytest.raises(ValueError, match="LlamaForCausalLM with 2 labels is no sequence classification"):
+        forest_scores(tiny.causal(), grown, [0])
+    with pytest.raises(
+        ValueError, match="LlamaForSequenceClassification with 3 labels is no sequence classification"
+    ):
+        forest_scores(tiny.scorer(num_labels=3), grown, [0])
 
 
 def test_dropout_is_off_while_scoring():

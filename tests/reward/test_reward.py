@@ -90,7 +90,7 @@ def test_collate_by_hand():
     forest = found["forest"]
     assert forest.tokens.tolist() == [5, 6, 7, 1, 8, 9, 1, 4, 3, 1, 2, 9]
     assert forest.positions.tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 1, 1]
-    assert found["ends"].tolist() == [3, 6, 9, 10, 11]
+    assert found["answers"] == [1, 2, 4, 5, 6]
     assert found["pairs"].tolist() == [[1, 0], [2, 3], [4, 3]]
     assert found["labels"].tolist() == [0, 0, 0]
 
