@@ -131,6 +131,11 @@ class PackParams(Section):
         5, ge=1, description="answers of one question that SFT sees, best first"
     )
     pairs_per_question: int = Field(10, ge=1, description="most pairs of one question, chosen by hash")
+    exposure: Literal["any", "later_wins", "weighted"] = Field(
+        "any",
+        description="pairs of reward. later_wins: whose better answer is the later; "
+        "weighted: all, weighted so that exposure predicts no winner",
+    )
 
 
 class SFTParams(Section):

@@ -80,6 +80,7 @@ class Groups:
 
     tokenizer: Any
     pack: PackParams
+    later_wins: bool = False  # only pairs whose better answer was posted later
 
     def __call__(self, questions: pa.Table) -> pa.Table:
         """One batch; raises as `Documents`."""
@@ -91,7 +92,8 @@ class Groups:
 
     def _pairs(self, question: Row, answers: list[Row]) -> list[tuple[int, int]]:
         salt = f"{question['site']}/{question['id']}"
-        return preference_pairs([a["score"] for a in answers], self.pack.pairs_per_question, salt)
+        posted = [a["created"] for a in answers] if self.later_wins else []
+        return preference_pairs([a["score"] for a in answers], self.pack.pairs_per_question, salt, posted)
 
     def _row(self, question: Row, answers: list[Row], encoded: _Encoded) -> Row:
         responses = [response for _, response in encoded.answered]
@@ -100,7 +102,8 @@ class Groups:
             for i, j in self._pairs(question, [a for a, _ in encoded.answered])  # without those dropped
             if responses[i] != responses[j]  # cut to the same tokens: no preference left
         ]
-        left_out = (TIES if not answers else None) or encoded.left_out or (None if pairs else NO_PAIR)
+        is_tie = len({a["score"] for a in question["answers"]}) < 2
+        left_out = (TIES if is_tie else None) or encoded.left_out or (None if pairs else NO_PAIR)
         return {
             "site": question["site"],
             "question_id": question["id"],
@@ -119,6 +122,7 @@ class Groups:
                 for a, response in encoded.answered
             ],
             "pairs": pairs,
+            "weights": [1.0] * len(pairs),
             "is_validation": is_validation(question["site"], question["id"]),
             "left_out": left_out,
             "touched": encoded.touched,

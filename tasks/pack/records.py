@@ -36,6 +36,7 @@ GROUPS = pa.schema(
         ("prompt", TOKENS),
         ("answers", pa.list_(ANSWER)),  # tokens: the response, which follows the prompt
         ("pairs", pa.list_(pa.list_(pa.int32()))),  # [better, worse], indices of answers
+        ("weights", pa.list_(pa.float32())),  # of each pair in the loss; 1, unless pack.exposure is weighted
         ("is_validation", pa.bool_()),
     ]
 )

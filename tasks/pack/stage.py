@@ -20,6 +20,7 @@ from params.schema import Params
 from tasks.lm.loading import load_tokenizer, train_tokenizer
 from tasks.lm.prompt import document_text
 from tasks.pack.encode import Documents, Groups, Prompts
+from tasks.pack.exposure import weighted
 from tasks.pack.mapped import Mapped, mapped
 from tasks.pack.records import GROUPS, PROMPTS, ROWS
 from tasks.pack.rows import packed
@@ -60,14 +61,15 @@ def _run(params: Params, layout: Layout, splits: dict[str, Path], tokenizer, wor
     pack, count, found = params.pack, Counter(), {}
     for part, (_, names) in PARTS.items():
         for name in names:
+            exposure = pack.exposure if name == "reward" else "any"  # what is held out keeps every pair
             function = {
                 "rows": Documents(tokenizer, pack),
-                "groups": Groups(tokenizer, pack),
+                "groups": Groups(tokenizer, pack, later_wins=exposure == "later_wins"),
                 "prompts": Prompts(tokenizer, pack, with_expected=name == "eval"),
             }[part]
             found[part, name] = mapped(splits[name], function, params.machine.threads, work / part)
             count.update(_counted(part, name, found[part, name], pack.long_documents))
-    _refuse_empty(found, count)
+    _refuse_empty(found, count, pack.exposure)
     with ExitStack() as outs:  # all are staged before the first takes its place
         tokenizer.save_pretrained(outs.enter_context(staged(layout.artifact("pack", "tokenizer"))))
         rows, tokens = {}, 0
@@ -76,7 +78,8 @@ def _run(params: Params, layout: Layout, splits: dict[str, Path], tokenizer, wor
             folder.mkdir()
             for name in names:
                 with TableWriter(folder / f"{name}.parquet", schema) as writer:
-                    for table in _tables(part, found[part, name], pack.row_tokens):
+                    is_weighted = pack.exposure == "weighted" and name == "reward"
+                    for table in _tables(part, found[part, name], pack.row_tokens, is_weighted):
                         writer.write(table)
                         tokens += len(table["tokens"].combine_chunks().flatten()) if part == "rows" else 0
                 rows[part, name] = writer.rows
@@ -95,17 +98,23 @@ def _run(params: Params, layout: Layout, splits: dict[str, Path], tokenizer, wor
     )
 
 
-def _refuse_empty(found: dict[tuple[str, str], Mapped], count: Counter[str]) -> None:
+def _refuse_empty(found: dict[tuple[str, str], Mapped], count: Counter[str], exposure: str) -> None:
     for (part, name), of_one in found.items():
         if not (
             pc.sum(pc.list_value_length(of_one.table["tokens"])).as_py() if part == "rows" else of_one.kept
         ):
             key = "pack.prompt_tokens" if part == "prompts" else "pack.document_tokens"
             where = part if part == "rows" else f"{part}/{name}"
-            raise ValueError(f"pack: nothing is left for pack/{where}; is {key} too short? {dict(count)}")
+            hint = f"is {key} too short?"
+            if (part, name, exposure) == ("groups", "reward", "later_wins"):
+                hint += " Or does pack.exposure: later_wins leave no pair?"
+            raise ValueError(f"pack: nothing is left for pack/{where}; {hint} {dict(count)}")
 
 
-def _tables(part: str, found: Mapped, row_tokens: int) -> Iterator[pa.Table]:
+def _tables(part: str, found: Mapped, row_tokens: int, is_weighted: bool) -> Iterator[pa.Table]:
+    if is_weighted:
+        yield from weighted(lambda: found.batches(QUESTIONS_AT_A_TIME))
+        return
     for questions in found.batches(QUESTIONS_AT_A_TIME):
         if part == "rows":
             yield from packed(questions, row_tokens)

@@ -22,6 +22,23 @@ def test_by_hand():
     )
 
 
+def test_only_pairs_won_by_the_later_answer_by_hand():
+    assert preference_pairs([2, 5, 2], 10, "s/1", ["1", "2", "3"]) == [(1, 0)]
+    assert preference_pairs([2, 5, 2], 10, "s/1", ["2", "1", "3"]) == []
+    assert preference_pairs([0, 1], 10, "s/1", ["2020", "2020"]) == [], "posted together: neither is later"
+    assert preference_pairs([0, 1], 10, "s/1", ["", "2020"]) == [], "nobody knows"
+
+
+def test_the_cap_counts_what_the_later_answer_won():
+    """Of 15 pairs the later answer wins 14; a cap below that chooses among these."""
+    scores, posted = [5, 4, 3, 2, 1, 0], ["6", "5", "4", "3", "1", "2"]
+    late = [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (1, 2), (1, 3), (1, 4), (1, 5), (2, 3), (2, 4), (2, 5),
+            (3, 4), (3, 5)]  # fmt: skip
+    assert preference_pairs(scores, 14, "s/1", posted) == late
+    kept = preference_pairs(scores, 4, "s/1", posted)
+    assert len(kept) == 4 and set(kept) < set(late)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(-1, 5), max_size=9), st.integers(1, 12), st.text(max_size=5))
 def test_strict_at_most_and_sorted(scores, most, salt):
