@@ -22,12 +22,15 @@ from tasks.run.trainer import SafeCheckpoints
 class GroupedAnswers:
     """A prompt, its responses, and pairs (better, worse).
 
-    `GroupedAnswers((5, 6), ((7, 1), (8, 1)), ((1, 0),))`.
+    Miniature: in `GroupedAnswers((5, 6), ((7, 1), (8, 1)), ((1, 0),), (0.5,), (3.0,))` the second response is
+    better; the pair counts half, and its scores were three apart.
     """
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
     pairs: tuple[tuple[int, int], ...]
+    weights: tuple[float, ...] = ()  # of each pair; empty: 1 for all
+    gaps: tuple[float, ...] = ()  # difference of the published scores of each pair; empty: not known
 
     def __len__(self) -> int:
         """Tokens."""
@@ -59,9 +62,9 @@ def collate(groups: Sequence[GroupedAnswers]) -> dict[str, Forest | Tensor | lis
 
     Returns:
         forest; `answers` [A] the segments that are answers; `pairs` [P, 2] (better, worse) into the answers;
-        `labels` [P] zeros: the first of each pair is the better one.
+        `weights` [P]; `labels` [P] zeros: the first of each pair is the better one.
     """
-    segments, answers, pairs = [], [], []
+    segments, answers, pairs, weights = [], [], [], []
     for group in groups:
         root, first = len(segments), len(answers)
         segments.append(Segment(group.prompt))
@@ -69,11 +72,13 @@ def collate(groups: Sequence[GroupedAnswers]) -> dict[str, Forest | Tensor | lis
             answers.append(len(segments))
             segments.append(Segment(response, root))
         pairs += [(first + better, first + worse) for better, worse in group.pairs]
+        weights += group.weights or [1.0] * len(group.pairs)
     forest = plant(segments)
     return {
         "forest": forest,
         "answers": answers,
         "pairs": torch.tensor(pairs),
+        "weights": torch.tensor(weights),
         "labels": torch.zeros(len(pairs)),
     }
 
@@ -81,8 +86,8 @@ def collate(groups: Sequence[GroupedAnswers]) -> dict[str, Forest | Tensor | lis
 class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
     """A light subclass of transformers.Trainer over a sequence-classification model with one label.
 
-    Args are Trainer's; `train_dataset` and `eval_dataset` are sequences of :class:`GroupedAnswers`. Every
-    pair weighs the same. Dropout must be off for the shared question to be exact.
+    Args are Trainer's; `train_dataset` and `eval_dataset` are sequences of :class:`GroupedAnswers`. The
+    loss is the mean over pairs of weight times loss. Dropout must be off for the shared question to be exact.
     """
 
     def __init__(self, model, args: RewardConfig, train_dataset: Sequence[GroupedAnswers], **keys) -> None:
@@ -95,7 +100,7 @@ class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A part's share of the mean pairwise logistic loss over the pairs of the batch, nats."""
         better, worse = self.inside(model, lambda model: self.score_pairs(model, inputs))
-        loss = self.mean_over_batch(pair_loss(better, worse), num_items_in_batch)
+        loss = self.mean_over_batch(inputs["weights"] * pair_loss(better, worse), num_items_in_batch)
         self.tokens_seen += len(inputs["forest"].tokens)
         return (loss, {"margins": better - worse}) if return_outputs else loss
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -93,6 +94,18 @@ def test_collate_by_hand():
     assert found["answers"] == [1, 2, 4, 5, 6]
     assert found["pairs"].tolist() == [[1, 0], [2, 3], [4, 3]]
     assert found["labels"].tolist() == [0, 0, 0]
+    assert found["weights"].tolist() == [1, 1, 1]
+    assert collate([replace(first, weights=(0.5,)), second])["weights"].tolist() == [0.5, 1, 1]
+
+
+def test_a_weight_multiplies_the_loss_of_its_pair(tmp_path):
+    made, some = trainer(tmp_path), groups(2)
+    alone = [made.compute_loss(made.model, collate([g])).item() for g in some]
+    assert len(some[0].pairs) == 1 and len(some[1].pairs) == 3
+    heavy = [replace(some[0], weights=(5.0,)), replace(some[1], weights=(0.5, 0.5, 0.5))]
+    assert made.compute_loss(made.model, collate(heavy)).item() == pytest.approx(
+        (5 * alone[0] + 1.5 * alone[1]) / 4, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "opt"])
