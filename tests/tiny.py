@@ -27,6 +27,11 @@ LLAMA = {
     "num_key_value_heads": 1, "max_position_embeddings": 64,
 }  # fmt: skip
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+DROPOUTS = (
+    "attention_dropout hidden_dropout dropout resid_pdrop embd_pdrop attn_pdrop dropout_rate "
+    "classifier_dropout hidden_dropout_prob attention_probs_dropout_prob seq_classif_dropout"
+)
+NO_DROPOUT = dict.fromkeys(DROPOUTS.split(), 0.0)  # whatever an architecture calls it
 OWN_KEYS = {
     "gpt2": GPT2,
     "gptj": GPT2 | {"rotary_dim": 4},
@@ -36,6 +41,7 @@ OWN_KEYS = {
         "num_attention_heads": 2, "max_position_embeddings": 64,
     },
     "gemma": LLAMA | {"head_dim": 8},
+    "gemma2": LLAMA | {"head_dim": 8},
     "electra": LLAMA | {"embedding_size": 12},
     "distilbert": {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64},
     "modernbert": LLAMA | {"cls_token_id": 2, "sep_token_id": 3, "local_attention": 4},

@@ -4,25 +4,28 @@ A segment may have a parent whose tokens it sees first (a question), then itself
 continue from the parent. Documents of an SFT batch are roots; the answers to one question are its children.
 For an encoder every segment is a root and each token sees all of its segment.
 Everything but attention works token by token, so a row of T tokens costs what its tokens cost; attention
-gathers segments of like length into a few dense blocks (a :class:`Block`), computed once per batch and shared
-by every layer.
+is that of :mod:`tasks.lm.blocks`.
 
 Registered with transformers as attention function `forest`; a model that cannot be served is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-SMALL_BLOCK = 128  # keys
+from tasks.lm.blocks import Sight, attend, look
+
+OF_OTHERS = ("softcap", "s_aux", "sinks", "indices", "block_indices", "position_bias")  # of other attentions
+NO_MASK = torch.empty(1, 1, 0, 0)  # any 4-D mask is handed on as it is
+SERVED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +38,6 @@ class Segment:
 
     tokens: Sequence[int]
     parent: int = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Segments of like length, side by side.
-
-    N segments, Q their longest, K their longest with all ancestors.
-    """
-
-    queries: Tensor  # [n·Q] int64, place in the row; padding repeats a place
-    keys: Tensor  # [n·K] int64
-    shape: tuple[int, int, int]  # n, Q, K
-    sees: Tensor  # bool; causal [n, 1, Q, K]: no key after the query's own; else [n, 1, 1, K]: every real key
-    real: Tensor  # [tokens of these segments] int64, place in the flattened [n·Q]
-
-    def to(self, device, **_) -> Block:
-        """The same block on another device."""
-        return replace(self, **{k: getattr(self, k).to(device) for k in ("queries", "keys", "sees", "real")})
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +54,24 @@ class Forest:
     lengths: tuple[int, ...]  # tokens of each segment
     parents: tuple[int, ...]  # segment that each one continues, −1 for a root
     is_causal: bool  # False: each token sees its whole segment (encoders)
-    blocks: tuple[Block, ...]
-    order: Tensor  # [T] int64: where each token's output stands in the blocks' concatenated outputs
+    sight: Sight
 
     def to(self, device, **_) -> Forest:
         """The same forest on another device (accelerate calls it)."""
-        moved = {k: getattr(self, k).to(device) for k in ("tokens", "positions", "order")}
-        return replace(self, **moved, blocks=tuple(block.to(device) for block in self.blocks))
+        moved = {k: getattr(self, k).to(device) for k in ("tokens", "positions", "sight")}
+        return replace(self, **moved)
+
+    def sight_of(self, module, is_causal: bool) -> Sight:
+        """What the queries of an attention layer see.
+
+        Raises:
+            ValueError: the layer is causal and the forest is not, or the reverse.
+        """
+        if is_causal != self.is_causal:
+            ways = {True: "causal", False: "bidirectional"}
+            found, wanted = ways[self.is_causal], ways[is_causal]
+            raise ValueError(f"{type(module).__name__} is {wanted}, but the forest was planted {found}")
+        return self.sight
 
 
 def plant(segments: Sequence[Segment], is_causal: bool = True) -> Forest:
@@ -92,69 +88,29 @@ def plant(segments: Sequence[Segment], is_causal: bool = True) -> Forest:
     """
     if not segments:
         raise ValueError("a forest needs at least one segment")
-    starts, depths, chains, place = [], [], [], 0
+    starts, depths, paths, place = [], [], [], 0
     for i, segment in enumerate(segments):
+        up = segment.parent
         if not segment.tokens:
             raise ValueError(f"segment {i} of a forest is empty")
-        if segment.parent >= i:
-            raise ValueError(f"segment {i} of a forest stands before its parent {segment.parent}")
-        if segment.parent >= 0 and not is_causal:
+        if up >= i:
+            raise ValueError(f"segment {i} of a forest stands before its parent {up}")
+        if up >= 0 and not is_causal:
             raise ValueError(f"segment {i} has a parent, but in a bidirectional forest all are roots")
-        up = segment.parent
+        own = torch.arange(place, place + len(segment.tokens))
         starts.append(place)
-        depths.append(0 if up < 0 else depths[up] + len(segments[up].tokens))
-        chains.append([i] if up < 0 else [*chains[up], i])  # ancestors first, itself last
+        depths.append(0 if up < 0 else len(paths[up]))
+        paths.append(own if up < 0 else torch.cat([paths[up], own]))  # ancestors first, itself last
         place += len(segment.tokens)
-    lengths = [len(s.tokens) for s in segments]
-    blocks, outputs = [], torch.empty(place, dtype=torch.long)
-    base = 0
-    for members in _alike(lengths, depths):
-        block, places = _block(members, chains, starts, lengths, is_causal)
-        outputs[places] = torch.arange(base, base + len(places))
-        base += len(places)
-        blocks.append(block)
     return Forest(
         tokens=torch.tensor([t for s in segments for t in s.tokens]),
-        positions=torch.cat([torch.arange(d, d + n) for d, n in zip(depths, lengths, strict=True)]),
+        positions=torch.cat([torch.arange(d, len(p)) for d, p in zip(depths, paths, strict=True)]),
         starts=tuple(starts),
-        lengths=tuple(lengths),
+        lengths=tuple(len(s.tokens) for s in segments),
         parents=tuple(max(s.parent, -1) for s in segments),
         is_causal=is_causal,
-        blocks=tuple(blocks),
-        order=outputs,
+        sight=look([p[d:] for d, p in zip(depths, paths, strict=True)], paths, is_causal),
     )
-
-
-def _alike(lengths: Sequence[int], depths: Sequence[int]) -> list[list[int]]:
-    """Segments whose own and whole lengths lie in the same steps of √2 to 2: bounded waste, few blocks."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for i, (n, depth) in enumerate(zip(lengths, depths, strict=True)):
-        groups.setdefault((_step(n), _step(n + depth)), []).append(i)
-    return [groups[key] for key in sorted(groups)]
-
-
-def _step(n: int) -> int:
-    return 5 if n <= 32 else n.bit_length() * 2 + (n >> (n.bit_length() - 2) & 1)
-
-
-def _block(members, chains, starts, lengths, is_causal) -> tuple[Block, Tensor]:
-    keys = [torch.cat([torch.arange(starts[c], starts[c] + lengths[c]) for c in chains[i]]) for i in members]
-    own = torch.tensor([lengths[i] for i in members])
-    whole = torch.tensor([len(k) for k in keys])
-    n, q, k = len(members), int(own.max()), int(whole.max())
-    column = torch.arange(q)
-    is_real = column < own[:, None]  # [n, Q]
-    first = torch.tensor([starts[i] for i in members])[:, None]
-    queries = torch.where(is_real, first + column, first)
-    # query j of a segment stands at place (whole − own + j) of its own keys; padding keys come after them all
-    last = (whole - own)[:, None, None] + column[:, None] if is_causal else whole[:, None, None] - 1
-    sees = torch.arange(k) <= last
-    padded = torch.nn.utils.rnn.pad_sequence(keys, batch_first=True, padding_value=0)
-    real = is_real.flatten().nonzero()[:, 0]
-    return Block(queries.flatten(), padded.flatten(), (n, q, k), sees[:, None], real), queries.flatten()[real]
-
-
-NOT_SERVED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")  # of other attentions
 
 
 def forest_attention(
@@ -163,57 +119,28 @@ def forest_attention(
     """Attention over a forest; without one, plain SDPA. query [1, heads, T, D] -> [1, T, heads, D].
 
     Raises:
-        ValueError: the layer is causal and the forest is not, or the reverse; the layer uses a sliding window
-            or another thing that a forest does not serve; several rows at once.
+        ValueError: the layer is causal and the forest is not, or the reverse; the layer needs what a forest
+            does not serve; several rows at once.
     """
     if forest is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **keys,
         )  # fmt: skip
-    _refuse_other_attention(module, forest, is_causal, keys)
     if query.shape[0] != 1:
         raise ValueError(f"a forest is one row; {query.shape[0]} rows came")
-    groups = getattr(module, "num_key_value_groups", 1)
-    q, k, v = (
-        x[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))
-    )  # [T, heads, D]
-    outputs = []
-    for block in forest.blocks:
-        n, rows, columns = block.shape
-        qb = q.index_select(0, block.queries).view(n, rows, *q.shape[1:]).transpose(1, 2)
-        kb, vb = (
-            x.index_select(0, block.keys).view(n, columns, *x.shape[1:]).transpose(1, 2) for x in (k, v)
-        )
-        out = _attend(qb, kb, vb, block.sees, dropout, scaling)
-        outputs.append(out.transpose(1, 2).reshape(n * rows, *v.shape[1:]).index_select(0, block.real))
-    module.forest_calls = getattr(module, "forest_calls", 0) + 1
-    return torch.cat(outputs).index_select(0, forest.order)[None], None
-
-
-def _refuse_other_attention(module, forest: Forest, is_causal: bool | None, keys: dict) -> None:
-    name = type(module).__name__
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if is_causal != forest.is_causal:
-        ways = {True: "causal", False: "bidirectional"}
-        raise ValueError(f"{name} is {ways[is_causal]}, but the forest was planted {ways[forest.is_causal]}")
-    window = keys.get("sliding_window")
-    if window is not None and window < max(block.shape[2] for block in forest.blocks):
-        raise ValueError(f"{name} uses a sliding window, which a forest does not serve")
-    for key in NOT_SERVED:
-        if keys.get(key) is not None:
-            raise ValueError(f"{name} uses {key}, which a forest does not serve")
-
-
-def _attend(query, key, value, sees, dropout, scaling) -> Tensor:
-    """Attention of one block; the CPU's flash kernel is slow on few keys, where two plain products do it."""
-    if query.device.type != "cpu" or key.shape[2] > SMALL_BLOCK or dropout:
-        return functional.scaled_dot_product_attention(
-            query, key, value, sees, dropout_p=dropout, scale=scaling
-        )
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    odds = (query * scale @ key.transpose(-1, -2)).masked_fill(~sees, float("-inf"))
-    return odds.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    sight, window = forest.sight_of(module, is_causal), keys.get("sliding_window")
+    others = [name for name in OF_OTHERS if keys.get(name) is not None]
+    if others or (window is not None and not is_causal):
+        what = others[0] if others else "a window that looks ahead"
+        raise ValueError(f"{type(module).__name__} uses {what}, which a forest does not serve")
+    groups = getattr(module, "num_key_value_groups", 1)
+    heads = (x[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+    out = attend(sight, *heads, dropout=dropout, scaling=scaling, window=window)
+    module.forest_calls = getattr(module, "forest_calls", 0) + 1
+    module.forest_window = window
+    return out[None], None
 
 
 AttentionInterface.register("forest", forest_attention)
@@ -224,11 +151,27 @@ def enable_forest(model) -> None:
     """Route the model's attention through :func:`forest_attention`.
 
     Raises:
-        ValueError: the model's class looks its attention up elsewhere (GPT-J, Bloom): refused by name.
+        ValueError: the model cannot be served, and is unchanged: its class looks its attention up elsewhere
+            (GPT-J, Bloom), or some layers are no attention, or an attention of another kind.
     """
-    model.set_attn_implementation("forest")
-    if model.config._attn_implementation != "forest":
-        raise ValueError(f"{type(model).__name__} cannot be served by the forest attention")
+    bare = unwrapped(model)
+    config, before = bare.config.get_text_config(), bare.config._attn_implementation
+    attentions = sum(hasattr(module, "is_causal") for module in bare.modules())
+    reasons = [f"has {kind} layers" for kind in getattr(config, "layer_types", None) or ()
+               if kind not in SERVED_LAYERS]  # fmt: skip
+    if attentions != config.num_hidden_layers:
+        reasons.append(f"has {attentions} attentions in {config.num_hidden_layers} layers")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        reasons.append("caps its attention's logits")
+    if any(name.endswith("sinks") for name, _ in bare.named_parameters()):
+        reasons.append("has attention sinks")
+    if not reasons:
+        bare.set_attn_implementation("forest")
+        if bare.config._attn_implementation == "forest":
+            return
+        bare.set_attn_implementation(before)
+        reasons.append("has an attention of its own")
+    raise ValueError(f"{type(bare).__name__} cannot be served by the forest attention: it {reasons[0]}")
 
 
 def has_forest(model) -> bool:
@@ -239,17 +182,11 @@ def has_forest(model) -> bool:
 def serve_forest(model) -> bool:
     """Enable the forest where the model can be served; False, with nothing changed, where it cannot.
 
-    Padded rows serve the others: own attention classes (GPT-J, Bloom), a sliding window, whole or in some
-    layers, and layers that are no attention.
+    Padded rows serve the others.
     """
-    config, before = model.config.get_text_config(), model.config._attn_implementation
-    attentions = sum(hasattr(module, "is_causal") for module in model.modules())
-    if getattr(config, "sliding_window", None) is not None or attentions != config.num_hidden_layers:
-        return False
     try:
         enable_forest(model)
     except ValueError:
-        model.set_attn_implementation(before)
         return False
     return True
 
@@ -259,25 +196,35 @@ def run_forest(model, forest: Forest, **keys):
 
     Raises:
         ValueError: a layer did not call the forest attention (recurrent and convolutional layers see across
-        segments; the numbers would be wrong in silence).
+            segments; the numbers would be wrong in silence), or did not name its sliding window.
     """
-    before = _calls(model)
-    out = model(
-        input_ids=forest.tokens[None],
-        position_ids=forest.positions[None] + _first_position(model),
-        attention_mask=torch.empty(
-            1, 1, 0, 0, device=forest.tokens.device
-        ),  # any 4-D mask is handed on as it is
-        forest=forest,
-        use_cache=False,
-        **keys,
-    )
+    with _proven(model):
+        return model(
+            input_ids=forest.tokens[None],
+            position_ids=forest.positions[None] + _first_position(model),
+            attention_mask=NO_MASK.to(forest.tokens.device),
+            forest=forest,
+            use_cache=False,
+            **keys,
+        )
+
+
+@contextmanager
+def _proven(model) -> Iterator[None]:
+    """Proof, after a forward, that every layer went through the forest attention, windows named."""
     bare = unwrapped(model)
-    called, layers = _calls(model) - before, bare.config.get_text_config().num_hidden_layers
-    if called != layers:
-        name = type(bare).__name__
-        raise ValueError(f"{name} calls the forest attention in {called} of its {layers} layers")
-    return out
+    config = bare.config.get_text_config()
+    layers = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    windows = 0 if getattr(config, "sliding_window", None) is None else kinds.count("sliding_attention")
+    before = _calls(bare)
+    yield
+    if _calls(bare) - before != layers:
+        called = f"calls the forest attention {_calls(bare) - before} times in {layers} layers"
+        raise ValueError(f"{type(bare).__name__} {called}")
+    named = sum(getattr(module, "forest_window", None) is not None for module in bare.modules())
+    if named != windows:
+        raise ValueError(f"{type(bare).__name__} names its sliding window in {named} of {windows} layers")
 
 
 def unwrapped(model):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
-from tasks.lm import forest
-from tasks.lm.forest import Segment, enable_forest, forest_attention, plant, run_forest
+from tasks.lm.forest import Segment, enable_forest, forest_attention, plant, run_forest, serve_forest
 
-SERVED = ("llama", "gpt2", "qwen2", "opt", "gpt_neox", "mistral", "gemma")
+SERVED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "opt")
+WAYS = ("plain", "adapter", "checkpointed", "reentrant", "adapter reentrant")
 CLOSE = 1e-5
 
 
@@ -39,11 +40,11 @@ def forest_loss(model, segments, places) -> torch.Tensor:
 def separate_loss(model, segments, places) -> torch.Tensor:
     """The same, every segment with its ancestors in a forward of its own, without the forest."""
     total = 0.0
-    for i, t in places:
+    for i in sorted({i for i, _ in places}):
         row = path_of(segments, i)
-        place = len(row) - len(segments[i].tokens) + t
+        ends = [len(row) - len(segments[i].tokens) + t for j, t in places if j == i]
         logits = model(input_ids=torch.tensor([row]), use_cache=False).logits[0]
-        total = total + nll(logits[place - 1 : place], [row[place]])
+        total = total + nll(logits[[e - 1 for e in ends]], [row[e] for e in ends])
     return total
 
 
@@ -57,13 +58,82 @@ def tree() -> list[Segment]:
     return [Segment(t, parent) for t, parent in zip(tokens, parents, strict=True)]
 
 
+def with_adapter(model):
+    """LoRA on every linear layer, its random matrices far from zero."""
+    keys = {"target_modules": "all-linear", "r": 4, "lora_alpha": 16, "init_lora_weights": False}
+    return get_peft_model(model, LoraConfig(**keys))
+
+
+def checkpointed(model, reentrant: bool):
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()  # what a reentrant checkpoint needs where the embeddings are frozen
+    return model
+
+
+def every_place(segments) -> list[tuple[int, int]]:
+    """All tokens that a forest predicts."""
+    return [(i, t) for i, s in enumerate(segments) for t in range(len(s.tokens)) if t or s.parent >= 0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize("name", ["packed", "tree", "alone"])
+def test_a_forest_gives_each_documents_loss_and_gradients(kind, name, way):
+    """Every token of every segment, in every served architecture; lengths on both sides of a block's.
+
+    Twice, because what a checkpoint runs again in the backward must not count for the next forward.
+    """
+    model = tiny.causal(kind, **tiny.NO_DROPOUT).train()
+    if "adapter" in way:
+        model = with_adapter(model)
+    segments = {"packed": roots((5, 1, 12, 34, 3, 50, 2, 1)), "tree": tree(), "alone": roots((9,))}[name]
+    places = every_place(segments)
+    wanted = separate_loss(model, segments, places)
+    wanted.backward()
+    separate = tiny.gradients(model)
+    enable_forest(model)
+    if way not in ("plain", "adapter"):
+        model = checkpointed(model, "reentrant" in way)
+    for _ in range(2):
+        found = forest_loss(model, segments, places)
+        found.backward()
+        assert tiny.far(found.item(), wanted.item()) <= CLOSE
+        assert tiny.far_gradients(tiny.gradients(model), separate) <= CLOSE
+
+
 @pytest.mark.parametrize("kind", SERVED)
 @pytest.mark.parametrize("name", ["packed", "tree"])
-def test_a_forest_gives_each_documents_loss_and_gradients(kind, name):
-    """Every token of every segment, in every served architecture; lengths on both sides of a block's."""
-    model = tiny.causal(kind)
-    segments = roots((5, 1, 12, 34, 3, 50, 2, 1)) if name == "packed" else tree()
-    places = [(i, t) for i, s in enumerate(segments) for t in range(len(s.tokens)) if t or s.parent >= 0]
+def test_under_autocast_a_forest_errs_as_little_as_each_document(kind, name):
+    """In bfloat16 both are rounded; the forest is at most twice as far from float32's loss and gradients."""
+    segments = roots((5, 1, 12, 34)) if name == "packed" else tree()
+    places, found = every_place(segments), []
+    for in_bf16, loss_of in ((False, separate_loss), (True, separate_loss), (True, forest_loss)):
+        model = tiny.causal(kind)
+        if loss_of is forest_loss:
+            enable_forest(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            loss = loss_of(model, segments, places)
+        loss.backward()
+        found.append((loss.item(), tiny.gradients(model)))
+    exact, separate, packed = found
+    assert tiny.far(packed[0], exact[0]) <= 2 * tiny.far(separate[0], exact[0]) + 1e-3
+    assert tiny.far_gradients(packed[1], exact[1]) <= 2 * tiny.far_gradients(separate[1], exact[1])
+
+
+WINDOWS = {
+    "mistral": {"sliding_window": 6},
+    "phi3": {"sliding_window": 6},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+@pytest.mark.parametrize("name", ["packed", "tree"])
+def test_a_sliding_window_slides_over_each_document(kind, name):
+    """In all layers or in some; a window reaches from an answer back into its question."""
+    model, segments = tiny.causal(kind, **WINDOWS[kind]), roots((6, 7, 50, 1)) if name == "packed" else tree()
+    places = every_place(segments)
     wanted = separate_loss(model, segments, places)
     wanted.backward()
     separate = tiny.gradients(model)
@@ -72,8 +142,18 @@ def test_a_forest_gives_each_documents_loss_and_gradients(kind, name):
     found.backward()
     assert tiny.far(found.item(), wanted.item()) <= CLOSE
     assert tiny.far_gradients(tiny.gradients(model), separate) <= CLOSE
-    calls = [m.forest_calls for m in model.modules() if hasattr(m, "forest_calls")]
-    assert calls == [1] * model.config.num_hidden_layers
+    whole = tiny.causal(kind)
+    enable_forest(whole)
+    assert tiny.far(found.item(), forest_loss(whole, segments, places).item()) > 1e-3, "it cuts"
+
+
+def test_a_window_that_the_layers_keep_to_themselves_is_refused():
+    """Qwen2-MoE builds it into its mask alone."""
+    keys = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+    model = tiny.causal("qwen2_moe", **keys)
+    enable_forest(model)
+    with pytest.raises(ValueError, match="Qwen2MoeForCausalLM names its sliding window in 0 of 1 layers"):
+        run_forest(model, plant(roots((4,))))
 
 
 @pytest.mark.parametrize("lengths", [(1,), (9,), (1, 1), (33, 32), (60, 1, 40, 33, 47, 48, 2)])
@@ -82,28 +162,6 @@ def test_hidden_states_of_any_lengths(lengths):
     alone = [model(input_ids=torch.tensor([s.tokens])).logits[0] for s in segments]
     enable_forest(model)
     assert tiny.far(run_forest(model, plant(segments)).logits[0], torch.cat(alone)) <= CLOSE
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_small_and_large_blocks_are_attended_alike(monkeypatch, kind):
-    """The two products for few keys and SDPA for many: the same hidden states and gradients."""
-    keys = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if kind == "gpt2" else {}
-    found, calls, sdpa = [], [], forest.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        forest.functional, "scaled_dot_product_attention", lambda *a, **k: (calls.append(1), sdpa(*a, **k))[1]
-    )
-    for most in (forest.SMALL_BLOCK, 0):
-        monkeypatch.setattr(forest, "SMALL_BLOCK", most)
-        model = tiny.causal(kind, **keys)
-        enable_forest(model)
-        tokens = tiny.drawn((9, 4, 40))
-        grown = plant([Segment(tokens[0]), Segment(tokens[1], 0), Segment(tokens[2], 0)])
-        logits = run_forest(model, grown).logits
-        logits.square().mean().backward()
-        found.append((logits.detach(), tiny.gradients(model), len(calls)))
-    assert found[0][2] == 0 < found[1][2], "each way was taken"
-    assert tiny.far(found[1][0], found[0][0]) <= CLOSE
-    assert tiny.far_gradients(found[1][1], found[0][1]) <= CLOSE
 
 
 def test_the_order_of_the_documents_does_not_matter():
@@ -154,45 +212,12 @@ def test_plant_by_hand():
     assert forest.tokens.tolist() == [5, 6, 7, 1, 8, 9, 1, 4]
     assert forest.positions.tolist() == [0, 1, 2, 3, 2, 3, 4, 0]
     assert forest.starts == (0, 2, 4, 7) and forest.lengths == (2, 2, 3, 1)
+    assert forest.parents == (-1, 0, 0, -1)
 
 
 def test_nested_positions_by_hand():
     forest = plant([Segment((5, 6)), Segment((7,), 0), Segment((8, 9), 1)])
     assert forest.positions.tolist() == [0, 1, 2, 3, 4]
-
-
-def test_a_block_by_hand():
-    """A question of two tokens and an answer of one: side by side, two queries wide, three keys long."""
-    (block,) = plant([Segment((5, 6)), Segment((7,), 0)]).blocks
-    assert block.shape == (2, 2, 3)
-    assert block.queries.tolist() == [0, 1, 2, 2], "the answer's second query repeats its first place"
-    assert block.keys.tolist() == [0, 1, 0, 0, 1, 2]
-    assert block.sees[:, 0].tolist() == [
-        [[True, False, False], [True, True, False]],
-        [[True, True, True], [True, True, True]],
-    ]
-    assert block.real.tolist() == [0, 1, 2]
-
-
-def test_a_bidirectional_block_by_hand():
-    """Two documents side by side: every query sees the real keys of its document, and these only."""
-    (block,) = plant([Segment((5, 6)), Segment((7,))], is_causal=False).blocks
-    assert block.keys.tolist() == [0, 1, 2, 0]
-    assert block.sees[:, 0].tolist() == [[[True, True]], [[True, False]]]
-
-
-def test_blocks_hold_every_token_once_and_bound_their_waste():
-    segments = roots((*range(1, 81), 300))
-    forest = plant([*segments, Segment(segments[4].tokens, 80), Segment(segments[5].tokens, 70)])
-    held = torch.cat([b.queries[b.real] for b in forest.blocks])
-    assert sorted(held.tolist()) == list(range(len(forest.tokens)))
-    assert torch.equal(held[forest.order], torch.arange(len(forest.tokens)))
-    for block in forest.blocks:
-        n, rows, columns = block.shape
-        own = torch.bincount(block.real // rows)
-        whole = block.sees[torch.arange(n), 0, own - 1].sum(1)
-        for longest, lengths in ((rows, own), (columns, whole)):
-            assert longest == lengths.max() and (longest <= 32 or longest < 1.5 * lengths.min())
 
 
 @pytest.mark.parametrize(
@@ -215,19 +240,58 @@ def test_no_segment_of_a_bidirectional_forest_has_a_parent():
         plant([Segment((5,)), Segment((6,), 0)], is_causal=False)
 
 
-@pytest.mark.parametrize("kind", ["gptj", "bloom"])
-def test_models_that_look_elsewhere_are_refused_by_name(kind):
-    model = tiny.causal(kind)
-    with pytest.raises(ValueError, match=f"{type(model).__name__} cannot be served"):
+@pytest.mark.parametrize(
+    ("kind", "keys", "message"),
+    [
+        ("gptj", {}, "GPTJForCausalLM cannot be served by the forest .*: it has an attention of its own"),
+        ("bloom", {}, "BloomForCausalLM .* has 0 attentions in 2 layers"),
+        ("lfm2", {"full_attn_idxs": [1]}, "Lfm2ForCausalLM .* has conv layers"),
+        ("mamba", {}, "MambaForCausalLM .* has linear_attention layers"),
+        ("gemma2", {}, "Gemma2ForCausalLM .* caps its attention's logits"),
+        ("gpt_oss", {"num_local_experts": 2, "head_dim": 8}, "GptOssForCausalLM .* has attention sinks"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused_by_name_and_unchanged(kind, keys, message):
+    model = tiny.causal(kind, **keys)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=message):
         enable_forest(model)
+    assert not serve_forest(model) and model.config._attn_implementation == before
 
 
-def test_a_layer_without_attention_is_refused():
-    """LFM2's convolutions see across documents, so that only some of its layers could be served."""
-    model = tiny.causal("lfm2", full_attn_idxs=[1])
+class Recurrence(torch.nn.Module):
+    """In the place of an attention: each state sees all before it, whosever they are."""
+
+    def forward(self, hidden_states, *_, **__):
+        return hidden_states.cumsum(1), None
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_without_attention_is_found_out(way):
+    model = tiny.causal().train()
     enable_forest(model)
-    with pytest.raises(ValueError, match="Lfm2ForCausalLM calls the forest attention in 1 of its 2 layers"):
-        run_forest(model, plant(roots((4, 5))))
+    model.model.layers[1].self_attn = Recurrence()
+    model = with_adapter(model) if "adapter" in way else model
+    model = model if way in ("plain", "adapter") else checkpointed(model, "reentrant" in way)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="LlamaForCausalLM calls the forest attention 1 times in 2 la"):
+            run_forest(model, plant(roots((4, 5))))
+
+
+def test_an_encoders_layer_without_attention_is_found_out():
+    model = tiny.scorer("bert")
+    enable_forest(model)
+    model.bert.encoder.layer[0].attention.self = Recurrence()
+    with pytest.raises(ValueError, match="BertForSequenceClassification calls the forest attention 1 ti"):
+        run_forest(model, plant(roots((4, 5)), is_causal=False))
+
+
+@pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias"])
+def test_what_only_other_attentions_understand_is_refused(argument):
+    layer, heads = tiny.causal().model.layers[0].self_attn, torch.zeros(1, 2, 4, 8)
+    keys = {"forest": plant(roots((4,))), argument: torch.ones(1)}
+    with pytest.raises(ValueError, match=f"LlamaAttention uses {argument}, which a forest does not serve"):
+        forest_attention(layer, heads, heads[:, :1], heads[:, :1], None, **keys)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -235,14 +299,6 @@ def test_a_model_that_was_not_enabled_fails_loudly(attention):
     """The mask that a forest hands on has no columns, which no other attention takes."""
     with pytest.raises((ValueError, RuntimeError)):
         run_forest(tiny.causal(attn_implementation=attention), plant(roots((4,))))
-
-
-def test_a_sliding_window_is_refused_when_it_would_cut():
-    model = tiny.causal("mistral", sliding_window=6)
-    enable_forest(model)
-    run_forest(model, plant(roots((6, 6))))
-    with pytest.raises(ValueError, match="MistralAttention uses a sliding window"):
-        run_forest(model, plant(roots((7,))))
 
 
 def test_several_rows_are_refused():
@@ -275,14 +331,3 @@ def test_dropout_reaches_the_attention():
     enable_forest(model)
     forest = plant(roots((8, 8)))
     assert not torch.equal(run_forest(model, forest).logits, run_forest(model, forest).logits)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model = tiny.causal().train()
-    enable_forest(model)
-    segments = tree()
-    forest_loss(model, segments, [(6, 3), (4, 0), (0, 2)]).backward()
-    plain = tiny.gradients(model)
-    model.gradient_checkpointing_enable()
-    forest_loss(model, segments, [(6, 3), (4, 0), (0, 2)]).backward()
-    assert tiny.far_gradients(tiny.gradients(model), plain) <= CLOSE

@@ -105,11 +105,16 @@ def test_the_forest_is_the_padded_rows(kind, valued):
     assert tiny.far_gradients(found[True][1], found[False][1]) <= 1e-5
 
 
-def test_a_model_the_forest_cannot_serve_takes_padded_rows():
-    model = tiny.causal("mistral", sliding_window=4)
+@pytest.mark.parametrize("kind", ["gptj", "bloom", "gemma2", "mamba"])
+@torch.no_grad()
+def test_a_model_the_forest_cannot_serve_takes_padded_rows(kind):
+    """Attention of its own, alibi, a cap and a window, no attention at all: the numbers of each row alone."""
+    model = tiny.causal(kind)
     assert not serve_forest(model) and not has_forest(model)
-    sequences = lay_out(tiny.drawn((4, 9), 1), tiny.drawn((5, 1), 2), tiny.PAD, "cpu")
-    assert torch.isfinite(response_logprobs(model, sequences, 1.0)).all()
+    prompts, responses = tiny.drawn((4, 9, 1), 1), tiny.drawn((5, 1, 3), 2)
+    found = response_logprobs(model, lay_out(prompts, responses, tiny.PAD, "cpu"), 0.7)
+    for row, prompt, response in zip(found, prompts, responses, strict=True):
+        assert tiny.far(row[: len(response)], alone(model, prompt, response, 0.7)) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
