@@ -1,8 +1,9 @@
-"""The report card: rules by hand, ties apart, intervals, verdicts, and the gate."""
+"""The stage on files: scores, gate, artifacts, the same bytes twice, and input that cannot be judged."""
 
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,124 +11,9 @@ import tiny
 import torch
 from pyarrow import parquet
 
-from params.schema import RewardEvalParams
 from tasks import pack
 from tasks.pack.records import GROUPS
-from tasks.reward_eval.stage import Comparison, accuracy, compare, render, report, run, verdict
-
-BARS = RewardEvalParams(bootstrap_samples=100)
-
-
-def answer(score, characters, created, has_code=False) -> dict:
-    return {
-        "score": score,
-        "characters": characters,
-        "created": f"2020-01-01T00:00:0{created}",
-        "has_code": has_code,
-    }
-
-
-def test_rules_by_hand():
-    """The better answer: shorter and later with code; then as long, as old, both with code."""
-    first = {
-        "site": "s", "question_id": 7, "pairs": [[1, 0]],
-        "answers": [answer(1, 90, 1), answer(4, 50, 2, True)],
-    }  # fmt: skip
-    second = {
-        "site": "s", "question_id": 8, "pairs": [[0, 1], [2, 1]],
-        "answers": [answer(2, 30, 3, True), answer(1, 30, 3, True), answer(3, 31, 1)],
-    }  # fmt: skip
-    found = compare([first, second], [[0.5, 0.75], [1.0, 1.0, -1.0]])
-    assert found == [
-        Comparison("s/7", 3, {"reward_model": 0.25, "longer": -40.0, "has_code": 1.0, "earlier": -1.0}),
-        Comparison("s/8", 1, {"reward_model": 0.0, "longer": 0.0, "has_code": 0.0, "earlier": 0.0}),
-        Comparison("s/8", 2, {"reward_model": -2.0, "longer": 1.0, "has_code": -1.0, "earlier": 1.0}),
-    ]
-
-
-def test_accuracy_keeps_ties_apart():
-    found = accuracy(np.array([1.0, 2.0, 0.0, -1.0, 0.0]))
-    assert found == {"accuracy": 0.4, "ties": 0.4, "accuracy_half_ties": pytest.approx(0.6)}
-
-
-def comparisons(*margins, longer=-1.0, code=0.0, earlier=-1.0, gaps=(1,)) -> list[Comparison]:
-    """One question per margin of the reward model."""
-    return [
-        Comparison(
-            f"s/{n}",
-            gaps[n % len(gaps)],
-            {"reward_model": m, "longer": longer, "has_code": code, "earlier": earlier},
-        )
-        for n, m in enumerate(margins)
-    ]
-
-
-def test_the_card_by_hand():
-    pairs = comparisons(1.0, 2.0, 3.0, 0.0, -1.0, code=0.0, gaps=(1, 2, 3, 5))
-    card = report(pairs, BARS, 0)
-    assert card["pairs"] == card["questions"] == 5
-    own = card["rules"]["reward_model"]
-    assert (own["accuracy"], own["ties"], own["credit"]) == (0.6, 0.2, 0.6), "a tie earns nothing"
-    assert card["rules"]["has_code"] == {
-        "accuracy": 0.0, "ties": 1.0, "accuracy_half_ties": 0.5, "credit": 0.5, "interval": (0.5, 0.5),
-    }  # fmt: skip
-    assert card["rules"]["longer"]["credit"] == 0 and card["rules"]["longer"]["interval"] == (0, 0)
-    assert card["best_text_rule"] == "has_code" and card["margin"] == pytest.approx(0.1)
-    low, high = card["margin_interval"]
-    assert low < 0.1 < high and own["interval"][0] < 0.6 < own["interval"][1]
-    assert low == pytest.approx(own["interval"][0] - 0.5), "the rule is right half of the time on every pair"
-    assert card["by_gap"] == {
-        "1": {"pairs": 2, "accuracy": 0.5},
-        "2": {"pairs": 1, "accuracy": 1.0},
-        "3+": {"pairs": 2, "accuracy": 0.5},
-    }
-    assert card["bars"] == {"min_accuracy": 0.8, "min_margin": 0.1}
-
-
-def test_a_rule_of_time_is_not_a_rule_of_text():
-    card = report(comparisons(1.0, 1.0, -1.0, longer=-1.0, code=-1.0, earlier=1.0), BARS, 0)
-    assert card["rules"]["earlier"]["accuracy"] == 1 and card["best_text_rule"] == "longer"
-    assert card["margin"] == pytest.approx(2 / 3)
-
-
-def test_all_right_leaves_nothing_to_doubt():
-    card = report(comparisons(*[1.0] * 9), BARS, 0)
-    assert card["rules"]["reward_model"]["interval"] == (1.0, 1.0) and card["verdict"] == "passed"
-
-
-def test_questions_are_resampled_whole():
-    """Ten pairs of one question say no more than one: the interval is as wide as that of two questions."""
-    pairs = [
-        Comparison(f"s/{n // 10}", 1, c.margins) for n, c in enumerate(comparisons(*[1.0] * 10, *[-1.0] * 10))
-    ]
-    card = report(pairs, BARS, 0)
-    assert card["questions"] == 2 and card["rules"]["reward_model"]["interval"] == (0.0, 1.0)
-
-
-def card_of(reached, margin):
-    return {"rules": {"reward_model": {"accuracy": reached}}, "margin": margin, "best_text_rule": "longer"}
-
-
-@pytest.mark.parametrize(
-    ("reached", "margin", "says"),
-    [
-        (0.8, 0.1, "passed"),
-        (0.79949, 0.5, "accuracy 0.799 is below reward_eval.min_accuracy 0.8"),
-        (0.9, 0.0999, "margin 0.100 over 'longer' is below reward_eval.min_margin 0.1"),
-        (0.1, -0.5, "accuracy 0.100 is below reward_eval.min_accuracy 0.8"),
-    ],
-)
-def test_verdicts(reached, margin, says):
-    assert verdict(card_of(reached, margin), BARS) == says
-
-
-def test_the_card_as_markdown():
-    text = render(report(comparisons(1.0, 0.0, -1.0, 2.0), BARS, 0))
-    assert "4 pairs of 4 held-out questions" in text
-    assert "| **reward model** | 0.500 | 0.250 | — |" in text
-    assert "| answer with code wins | 0.000 | 1.000 | 0.500 | 0.500 – 0.500 |" in text
-    assert "Lead over the best rule that sees only the text ('has_code'): +0.000" in text
-    assert "Gate: accuracy 0.500 is below reward_eval.min_accuracy 0.8." in text
+from tasks.reward_eval import run, stage
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +23,25 @@ def packed(tmp_path_factory):
     pack.run(tiny.params(), layout)
     tiny.save(tiny.scorer(vocab_size=len(tiny.tokenizer())), layout.artifact("reward", "model"))
     return layout
+
+
+def copied(packed, folder, model=None):
+    """The same project again, with groups of its own to change, and with another model if one is given."""
+    layout = tiny.project(folder)
+    shutil.copytree(packed.artifact("pack", "groups"), layout.artifact("pack", "groups"))
+    if model is None:
+        layout.artifact("reward").mkdir()
+        layout.artifact("reward", "model").symlink_to(packed.artifact("reward", "model"))
+    else:
+        tiny.save(model, layout.artifact("reward", "model"))
+    return layout
+
+
+def rewrite(layout, name, change):
+    """Change the rows of a file of groups."""
+    path = layout.artifact("pack", "groups", f"{name}.parquet")
+    table = parquet.read_table(path)
+    parquet.write_table(change(table), path)
 
 
 def outs(layout):
@@ -167,42 +72,107 @@ def test_the_stage_and_its_gate(packed, enforce):
     assert gate == {"passed": not enforce} and card["verdict"] != "passed"
     assert metrics["gate_passed"] == 0.0 and metrics["accuracy"] == card["rules"]["reward_model"]["accuracy"]
     assert card["rules"]["reward_model"]["accuracy"] == pytest.approx(own_accuracy(packed))
-    assert (
-        0 < metrics["accuracy"] < 1
-        and metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"]
-    )
+    assert 0 < metrics["accuracy_low"] < metrics["accuracy"] < metrics["accuracy_high"] < 1
     groups = parquet.read_table(packed.artifact("pack", "groups", "eval.parquet")).to_pylist()
     assert metrics["pairs"] == sum(len(g["pairs"]) for g in groups)
-    before = tiny.digests(packed.artifact("reward_eval"))
+    picture = packed.home / "reports/reward_eval/reliability.png"
+    before, drawn = tiny.digests(packed.artifact("reward_eval")), picture.read_bytes()
     assert run(params, packed).metrics == metrics and tiny.digests(packed.artifact("reward_eval")) == before
-    assert set(before) == {"card.json", "card.md", "gate.json"}
+    assert picture.read_bytes() == drawn and set(before) == {"card.json", "card.md", "gate.json"}
 
 
 def test_low_bars_open_the_gate(packed):
-    metrics = run(
-        tiny.params(reward_eval={"enforce": True, "min_accuracy": 0, "min_margin": -1}), packed
-    ).metrics
+    bars = {"enforce": True, "min_accuracy": 0, "min_margin": -1}
+    metrics = run(tiny.params(reward_eval=bars), packed).metrics
     card, gate = outs(packed)
     assert gate == {"passed": True} and card["verdict"] == "passed" and metrics["gate_passed"] == 1.0
 
 
-def test_no_pair_is_an_error_that_names_the_file(packed, tmp_path):
-    layout = tiny.project(tmp_path)
-    layout.artifact("reward").mkdir(parents=True)
-    layout.artifact("reward", "model").symlink_to(packed.artifact("reward", "model"))
-    layout.artifact("pack", "groups").mkdir(parents=True)
-    parquet.write_table(GROUPS.empty_table(), layout.artifact("pack", "groups", "eval.parquet"))
-    with pytest.raises(ValueError, match=r"eval\.parquet holds no pair"):
+def test_what_mlflow_keeps(packed, monkeypatch):
+    kept = []
+    monkeypatch.setattr(stage, "log_artifact", kept.append)
+    run(tiny.params(), packed)
+    assert [path.name for path in kept] == ["card.md", "card.json", "reliability.png"]
+    assert all(path.is_file() for path in kept)
+
+
+def test_the_order_of_the_rows_does_not_matter(packed, tmp_path):
+    layout = copied(packed, tmp_path)
+    rewrite(layout, "eval", lambda table: table.take(np.random.default_rng(0).permutation(len(table))))
+    assert run(tiny.params(), layout).metrics == run(tiny.params(), packed).metrics
+    assert tiny.digests(layout.artifact("reward_eval")) == tiny.digests(packed.artifact("reward_eval"))
+
+
+def test_the_logistic_rule_sees_the_training_groups_only(packed, tmp_path):
+    run(tiny.params(), packed)
+    own = outs(packed)[0]["logistic_rule"]
+    groups = parquet.read_table(packed.artifact("pack", "groups", "reward.parquet")).to_pylist()
+    assert own["questions"] == len(groups) and own["pairs"] == sum(len(g["pairs"]) for g in groups)
+    assert any(own["weights"].values())
+    layout = copied(packed, tmp_path)
+    rewrite(layout, "eval", lambda table: table.slice(3))
+    run(tiny.params(), layout)
+    card = outs(layout)[0]
+    assert card["logistic_rule"] == own and card["pairs"] != outs(packed)[0]["pairs"]
+    rewrite(layout, "reward", lambda table: table.slice(10))
+    run(tiny.params(), layout)
+    assert outs(layout)[0]["logistic_rule"] != own
+
+
+def test_a_model_that_says_the_same_of_all_is_never_right(packed, tmp_path):
+    model = tiny.scorer(vocab_size=len(tiny.tokenizer()))
+    torch.nn.init.zeros_(model.score.weight)
+    metrics = run(tiny.params(), copied(packed, tmp_path, model)).metrics
+    assert (metrics["accuracy"], metrics["ties"], metrics["gate_passed"]) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["eval", "reward"])
+@pytest.mark.parametrize("rows", ["none", "ties"])
+def test_no_pair_is_an_error_that_names_the_file(packed, tmp_path, name, rows):
+    layout = copied(packed, tmp_path)
+
+    def emptied(table):
+        ties = [row | {"pairs": []} for row in table.to_pylist()]
+        return GROUPS.empty_table() if rows == "none" else table.from_pylist(ties, schema=GROUPS)
+
+    rewrite(layout, name, emptied)
+    layout.artifact("reward", "model").unlink()  # it is not even looked at
+    with pytest.raises(ValueError, match=rf"pack/groups/{name}\.parquet holds no pair"):
         run(tiny.params(), layout)
 
 
-def test_scores_that_are_not_finite_are_an_error(packed, tmp_path):
-    layout = tiny.project(tmp_path)
-    layout.artifact("pack").parent.mkdir()
-    layout.artifact("pack").symlink_to(packed.artifact("pack"))
-    broken = tiny.scorer(vocab_size=len(tiny.tokenizer()))
-    torch.nn.init.constant_(broken.score.weight, torch.nan)
-    tiny.save(broken, layout.artifact("reward", "model"))
-    with pytest.raises(ValueError, match="scores that are not finite"):
+def test_a_group_of_ties_among_others_counts_for_nothing(packed, tmp_path):
+    layout = copied(packed, tmp_path)
+
+    def with_ties(table):
+        rows = table.to_pylist()
+        return table.from_pylist([rows[0] | {"pairs": [], "question_id": 1}, *rows], schema=GROUPS)
+
+    rewrite(layout, "eval", with_ties)
+    rewrite(layout, "reward", with_ties)
+    assert run(tiny.params(), layout).metrics == run(tiny.params(), packed).metrics
+
+
+def test_a_score_that_is_not_finite_names_the_question(packed, tmp_path, monkeypatch):
+    layout = copied(packed, tmp_path)
+    groups = stage.held_out_groups(layout.artifact("pack", "groups", "eval.parquet"))
+    first = sum(len(group["answers"]) for group in groups[:2])
+
+    def broken(model, documents, rows):
+        scores = torch.zeros(len(documents))
+        scores[first], scores[first + 5] = torch.inf, torch.nan
+        return scores
+
+    monkeypatch.setattr(stage, "score_documents", broken)
+    with pytest.raises(
+        ValueError, match=rf"not finite to an answer to s\.example/{groups[2]['question_id']}$"
+    ):
         run(tiny.params(), layout)
     assert not layout.artifact("reward_eval").exists()
+
+
+def test_a_broken_model_is_an_error(packed, tmp_path):
+    model = tiny.scorer(vocab_size=len(tiny.tokenizer()))
+    torch.nn.init.constant_(model.score.weight, torch.nan)
+    with pytest.raises(ValueError, match="a score that is not finite to an answer to"):
+        run(tiny.params(), copied(packed, tmp_path, model))
