@@ -201,7 +201,7 @@ def run_forest(model, forest: Forest, **keys):
     with _proven(model):
         return model(
             input_ids=forest.tokens[None],
-            position_ids=forest.positions[None] + _first_position(model),
+            position_ids=forest.positions[None] + first_position(model),
             attention_mask=NO_MASK.to(forest.tokens.device),
             forest=forest,
             use_cache=False,
@@ -233,7 +233,7 @@ def unwrapped(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _first_position(model) -> int:
+def first_position(model) -> int:
     """RoBERTa and its kin count positions from behind their padding index, which stands for no position."""
     tables = (m for n, m in model.named_modules() if n.endswith("position_embeddings"))
     padding = next((getattr(table, "padding_idx", None) for table in tables), None)

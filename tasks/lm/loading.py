@@ -8,11 +8,14 @@ from pathlib import Path
 PAD, EOS = "<|pad|>", "<|eos|>"
 
 
-def load_tokenizer(base: str | Path, revision: str = "main"):
-    """A tokenizer with an eos and a pad token that differ.
+def load_tokenizer(base: str | Path, revision: str = "main", key: str = "model.base", needs_eos: bool = True):
+    """A tokenizer with an eos and a pad token that differ (see :func:`give_pad`).
 
-    A missing pad token becomes unk or bos where one of these differs from eos; otherwise `<|pad|>` is added
-    (the model's embeddings must then grow: see :func:`fit_embeddings`).
+    Args:
+        base: folder or Hub id.
+        revision: on the Hub.
+        key: of the parameter that names `base`, for messages.
+        needs_eos: False for an encoder, which closes a document with a token of its own.
 
     Raises:
         ValueError: the tokenizer cannot be loaded, or has no eos token.
@@ -22,14 +25,23 @@ def load_tokenizer(base: str | Path, revision: str = "main"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(base), revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.base: no tokenizer in {base}: {_one_line(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.base: the tokenizer of {base} has no eos token")
+        raise ValueError(f"{key}: no tokenizer in {base}: {_one_line(error)}") from error
+    if needs_eos and tokenizer.eos_token_id is None:
+        raise ValueError(f"{key}: the tokenizer of {base} has no eos token")
+    give_pad(tokenizer)
+    return tokenizer
+
+
+def give_pad(tokenizer) -> None:
+    """A pad token that is not eos, where it has none.
+
+    It becomes unk or bos where one of these differs from eos; otherwise `<|pad|>` is added (the model's
+    embeddings must then grow: see :func:`fit_embeddings`).
+    """
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         spare = (t for t in (tokenizer.unk_token, tokenizer.bos_token) if t and t != tokenizer.eos_token)
         pad = next(spare, None)
         tokenizer.add_special_tokens({"pad_token": pad or PAD})
-    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):

@@ -29,6 +29,18 @@ def is_encoder(model) -> bool:
     return bare.config.is_encoder_decoder or not hasattr(bare, "score")
 
 
+def check_scorer(model) -> None:
+    """Refuse what gives no score.
+
+    Raises:
+        ValueError: no sequence-classification model, or more labels than one.
+    """
+    bare = unwrapped(model)
+    name, labels = type(bare).__name__, getattr(bare.config, "num_labels", None)
+    if "ForSequenceClassification" not in name or labels != 1:
+        raise ValueError(f"{name} with {labels} labels is no sequence classification with one label")
+
+
 def forest_scores(model, forest: Forest, segments: Sequence[int]) -> Tensor:
     """Scores of the documents that end with the named segments. A segments -> [A], float32.
 
@@ -38,12 +50,10 @@ def forest_scores(model, forest: Forest, segments: Sequence[int]) -> Tensor:
     Raises:
         ValueError: an encoder and a causal forest, or the reverse; more labels than one.
     """
+    check_scorer(model)
     bare = unwrapped(model)
-    name, labels = type(bare).__name__, getattr(bare.config, "num_labels", None)
-    if "ForSequenceClassification" not in name or labels != 1:
-        raise ValueError(f"{name} with {labels} labels is no sequence classification with one label")
     if is_encoder(model) == forest.is_causal:
-        raise ValueError(f"{name}: a forest of is_causal={not forest.is_causal} is wanted")
+        raise ValueError(f"{type(bare).__name__}: a forest of is_causal={not forest.is_causal} is wanted")
     if not has_forest(bare) or (is_encoder(model) and bare.config.model_type not in STACKS):
         return _padded_scores(model, [_document(forest, i) for i in segments])
     if is_encoder(model):

@@ -8,7 +8,9 @@ from pyarrow import parquet
 
 from params.schema import Params
 from tasks.lm.loading import fit_embeddings, load_reward, load_tokenizer, save_model
-from tasks.reward.trainer import GroupedAnswers, RewardConfig, RewardTrainer
+from tasks.reward.config import RewardConfig
+from tasks.reward.records import GroupedAnswers
+from tasks.reward.trainer import RewardTrainer
 from tasks.run.arguments import training_arguments
 from tasks.run.curve import Curve, plot
 from tasks.run.devices import derive_seed, seed_everything, use_device

@@ -2,139 +2,234 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
-from torch.nn import functional
-from transformers import Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, set_seed
 
-from tasks.lm.forest import Forest, Segment, enable_forest, plant
+from tasks.lm.adapters import add_adapter, merge_checked
+from tasks.lm.dropout import disable_dropout
+from tasks.lm.forest import first_position, serve_forest, unwrapped
+from tasks.lm.loading import fit_embeddings, give_pad, load_reward, load_tokenizer
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
-from tasks.lm.scoring import forest_scores
+from tasks.lm.scoring import check_scorer, forest_scores, is_encoder
+from tasks.reward.config import RewardConfig
+from tasks.reward.losses import gap_weights, length_rule, pair_loss
+from tasks.reward.records import GroupedAnswers, collate
+from tasks.reward.rows import Reader
 from tasks.run.parts import InParts, Parts
 from tasks.run.trainer import SafeCheckpoints
 
-
-@dataclass(frozen=True, slots=True)
-class GroupedAnswers:
-    """A prompt, its responses, and pairs (better, worse).
-
-    Miniature: in `GroupedAnswers((5, 6), ((7, 1), (8, 1)), ((1, 0),), (0.5,), (3.0,))` the second response is
-    better; the pair counts half, and its scores were three apart.
-    """
-
-    prompt: tuple[int, ...]
-    responses: tuple[tuple[int, ...], ...]
-    pairs: tuple[tuple[int, int], ...]
-    weights: tuple[float, ...] = ()  # of each pair; empty: 1 for all
-    gaps: tuple[float, ...] = ()  # difference of the published scores of each pair; empty: not known
-
-    def __len__(self) -> int:
-        """Tokens."""
-        return len(self.prompt) + sum(map(len, self.responses))
-
-
-@dataclass
-class RewardConfig(TrainingArguments):
-    """`transformers.TrainingArguments`; a batch counts questions."""
-
-    microbatch_tokens: int = field(
-        default=0, metadata={"help": "most tokens of one forward; a longer question goes alone; 0: no bound"}
-    )
-    optimizer: str = field(default="adamw", metadata={"help": "adamw or muon (tasks.lm.optimizer)"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "groups are records, not columns"})
-    report_to: str | list[str] | None = field(default="none")
-
-
-def pair_loss(better: Tensor, worse: Tensor) -> Tensor:
-    """Negative log-likelihood of each preference under Bradley-Terry (arXiv 1706.03741, eq. 1).
-
-    [P], [P] -> [P], nats.
-    """
-    return -functional.logsigmoid(better - worse)
-
-
-def collate(groups: Sequence[GroupedAnswers]) -> dict[str, Forest | Tensor | list[int]]:
-    """Groups -> one forest, its answers, and the pairs among them.
-
-    Returns:
-        forest; `answers` [A] the segments that are answers; `pairs` [P, 2] (better, worse) into the answers;
-        `weights` [P]; `labels` [P] zeros: the first of each pair is the better one.
-    """
-    segments, answers, pairs, weights = [], [], [], []
-    for group in groups:
-        root, first = len(segments), len(answers)
-        segments.append(Segment(group.prompt))
-        for response in group.responses:
-            answers.append(len(segments))
-            segments.append(Segment(response, root))
-        pairs += [(first + better, first + worse) for better, worse in group.pairs]
-        weights += group.weights or [1.0] * len(group.pairs)
-    forest = plant(segments)
-    return {
-        "forest": forest,
-        "answers": answers,
-        "pairs": torch.tensor(pairs),
-        "weights": torch.tensor(weights),
-        "labels": torch.zeros(len(pairs)),
-    }
+Dataset = Collection[GroupedAnswers | Mapping]  # a list, or a datasets.Dataset
+PROBES = 8  # groups on which a merge is checked
 
 
 class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
     """A light subclass of transformers.Trainer over a sequence-classification model with one label.
 
-    Args are Trainer's; `train_dataset` and `eval_dataset` are sequences of :class:`GroupedAnswers`. The
-    loss is the mean over pairs of weight times loss. Dropout must be off for the shared question to be exact.
+    Args:
+        model: the model, or its folder or Hub id; a causal model gets a fresh score head. Encoders serve too.
+        args: a RewardConfig.
+        train_dataset: :class:`GroupedAnswers`, or rows as :func:`tasks.reward.rows.read_row` takes them.
+        eval_dataset: likewise, or a dict of such.
+        processing_class: the tokenizer; it gets a pad token that is not eos, and the model is fitted to it.
+        peft_config: of an adapter; the score head is trained in full beside it. :meth:`merged` ends it.
+        keys: Trainer's.
+
+    Raises:
+        ValueError: a model that gives no score, or has no pad id apart from eos (plain transformers would
+            read its score elsewhere); a row that cannot teach, by its name.
     """
 
-    def __init__(self, model, args: RewardConfig, train_dataset: Sequence[GroupedAnswers], **keys) -> None:
-        enable_forest(model)
-        keys.setdefault("data_collator", Parts(collate, len, args.microbatch_tokens))
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **keys)
+    def __init__(
+        self,
+        model,
+        args: RewardConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class=None,
+        peft_config=None,
+        **keys,
+    ) -> None:
+        if isinstance(model, str | Path):
+            set_seed(args.seed)  # of a fresh score head
+            processing_class = processing_class or load_tokenizer(model, needs_eos=False)
+            model = load_reward(model)
+        check_scorer(model)
+        _fit_special_tokens(model, processing_class)
+        if peft_config is not None:
+            model = add_adapter(model, config=peft_config)
+        if args.disable_dropout:
+            disable_dropout(model)
+        serve_forest(model)
+        is_causal = not is_encoder(model)
+        self.read = Reader(
+            tokenizer=processing_class,
+            vocabulary=model.get_input_embeddings().num_embeddings,
+            positions=_positions(model),
+            is_causal=is_causal,
+            max_length=args.max_length,
+            uses_gaps=bool(args.margin or args.gap_weight),
+            drops=args.invalid_rows == "drop",
+        )
+        train = self.read(train_dataset, "train_dataset")
+        lacking = next((group.name for group in train if not group.gaps), None)
+        if self.read.uses_gaps and lacking:
+            raise ValueError(f"train_dataset, {lacking}: margin and gap_weight need the gap of every pair")
+        if args.gap_weight:
+            train = _weighted_by_gap(train, args.gap_weight)
+        self.length_coefficient = args.length_offset * _length_rule(train) if args.length_offset else 0.0
+        if eval_dataset is not None:
+            eval_dataset = self._read_held_out(eval_dataset)
+        parts = Parts(
+            partial(collate, weigh=args.weigh, is_causal=is_causal),
+            partial(GroupedAnswers.tokens, is_causal=is_causal),
+            args.microbatch_tokens,
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=parts,
+            train_dataset=train,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **keys,
+        )
         self.tokens_seen = 0
-        self.model_accepts_loss_kwargs = True  # the loss below divides by the pairs of the whole batch
+        self.model_accepts_loss_kwargs = True  # the loss below divides by the items of the whole batch
+
+    def _read_held_out(self, dataset: Dataset | dict[str, Dataset]):
+        if isinstance(dataset, dict):
+            return {name: self.read(rows, f"eval_dataset {name}") for name, rows in dataset.items()}
+        return self.read(dataset, "eval_dataset")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """A part's share of the mean pairwise logistic loss over the pairs of the batch, nats."""
-        better, worse = self.inside(model, lambda model: self.score_pairs(model, inputs))
-        loss = self.mean_over_batch(inputs["weights"] * pair_loss(better, worse), num_items_in_batch)
+        """A part's share of the batch's mean loss, nats.
+
+        Raises:
+            ValueError: the loss of a pair is not finite; the message names its row.
+        """
+        args = self.args
+        scores = self.inside(model, lambda model: self.scores(model, inputs))
+        better, worse = pair_scores(scores, inputs["pairs"])
+        ahead = self.length_coefficient * inputs["longer"] - args.margin * inputs["gaps"]
+        centering = args.center_rewards_coefficient or 0.0
+        losses = inputs["weights"] * pair_loss(better, worse, ahead, args.label_smoothing, centering)
+        _refuse_not_finite(losses, inputs["names"], f"step {self.state.global_step}: the loss")
+        if num_items_in_batch is None:
+            loss = losses.sum() / len(inputs["labels"])
+        else:
+            loss = self.mean_over_batch(losses, num_items_in_batch)
         self.tokens_seen += len(inputs["forest"].tokens)
         return (loss, {"margins": better - worse}) if return_outputs else loss
 
-    def score_pairs(self, model, inputs) -> tuple[Tensor, Tensor]:
-        """Scores of the better and of the worse answer of each pair, [P] and [P]."""
-        scores = self.scores(model, inputs)
-        return scores[inputs["pairs"][:, 0]], scores[inputs["pairs"][:, 1]]
-
     def scores(self, model, inputs) -> Tensor:
-        """Scores of all answers of a batch, [A]."""
+        """Scores of all answers of a part, [A]."""
         with autocast(self.args.device, "bfloat16" if self.args.bf16 else "float32"):
             return forest_scores(model, inputs["forest"], inputs["answers"])
 
-    @torch.no_grad()
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss (nats) and accuracy over the held-out pairs, a tie counted as wrong.
+        """Plain pairwise loss (nats; no weight, margin or other option) and accuracy over the held-out pairs.
 
-        Mean and deviation of the scores.
+        A tie is wrong. Mean and deviation of the scores. Processes share the work, and all get the whole.
+
+        Raises:
+            ValueError: there is nothing held out; a score is not finite, with its row.
         """
+        groups = self.eval_dataset if eval_dataset is None else self._read_held_out(eval_dataset)
+        if groups is None:
+            raise ValueError("evaluate: there is no eval_dataset")
+        if isinstance(groups, dict):
+            metrics: dict[str, float] = {}
+            for name, some in groups.items():
+                metrics |= self._evaluate_one(some, f"{metric_key_prefix}_{name}")
+        else:
+            metrics = self._evaluate_one(groups, metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _evaluate_one(self, groups: Sequence[GroupedAnswers], prefix: str) -> dict[str, float]:
         self.model.eval()
-        margins, scores = [], []
-        for part in self.parts_of(self.get_eval_dataloader(eval_dataset)):
+        own, size = groups[self.args.process_index :: self.args.world_size], self.args.eval_batch_size
+        pairs, scores = [], []
+        for part in self.parts_of(self.data_collator(own[i : i + size]) for i in range(0, len(own), size)):
             found = self.scores(self.model, part)
-            scores.append(found)
-            margins.append(found[part["pairs"][:, 0]] - found[part["pairs"][:, 1]])
-        margin, score = torch.cat(margins), torch.cat(scores)
+            compared = torch.stack(pair_scores(found, part["pairs"]), 1)
+            _refuse_not_finite(compared.sum(1), part["names"], "the score")
+            pairs += compared.tolist()
+            scores += found.tolist()
+        pair, score = (torch.tensor(gather_object(values)) for values in (pairs, scores))
+        better, worse = pair.unbind(1)
         found = {
-            "loss": pair_loss(margin, torch.zeros_like(margin)).mean().item(),
-            "accuracy": (margin > 0).float().mean().item(),
+            "loss": pair_loss(better, worse).mean().item(),
+            "accuracy": (better > worse).float().mean().item(),
             "score_mean": score.mean().item(),
             "score_std": score.std(correction=0).item(),
         }
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
-        self.log(metrics)
-        return metrics
+        if self.compute_metrics is not None:
+            found |= self.compute_metrics(EvalPrediction(pair.numpy(), torch.zeros(len(pair)).numpy()))
+        return {f"{prefix}_{k}": v for k, v in found.items()}
+
+    def merged(self):
+        """The plain model, its adapter merged in; checked on documents of the training data.
+
+        Raises:
+            ValueError: it does not score as the adapter does (:func:`tasks.lm.adapters.merge_checked`).
+        """
+        documents = [(*group.prompt, *r) for group in self.train_dataset[:PROBES] for r in group.responses]
+        return merge_checked(self.accelerator.unwrap_model(self.model), documents)
+
+
+def pair_scores(scores: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the better and of the worse of each pair. [A], [P, 2] -> [P], [P]; index −1 scores 0."""
+    return torch.cat([scores, scores.new_zeros(1)])[pairs].unbind(1)
+
+
+def _fit_special_tokens(model, tokenizer) -> None:
+    bare = unwrapped(model)
+    if tokenizer is not None:
+        if tokenizer.eos_token_id is None and not is_encoder(model):
+            raise ValueError(f"processing_class: no eos token, which {type(bare).__name__} is read at")
+        give_pad(tokenizer)
+        fit_embeddings(bare, tokenizer)
+    pad, eos = bare.config.pad_token_id, bare.config.eos_token_id
+    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+        raise ValueError(
+            f"{type(bare).__name__}: pad_token_id is {pad}, eos_token_id {eos}; transformers reads the score "
+            "at the last token that is not pad, so give processing_class, or set another pad_token_id"
+        )
+
+
+def _positions(model) -> int | None:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most and most - first_position(model)
+
+
+def _weighted_by_gap(groups: Sequence[GroupedAnswers], power: float) -> list[GroupedAnswers]:
+    factors = iter(gap_weights([gap for group in groups for gap in group.gaps], power))
+    return [
+        replace(group, weights=tuple(group.weight(i) * next(factors) for i in range(len(group.pairs))))
+        for group in groups
+    ]
+
+
+def _length_rule(groups: Sequence[GroupedAnswers]) -> float:
+    pairs = [(group, i) for group in groups for i in range(len(group.pairs))]
+    return length_rule([g.longer(i) for g, i in pairs], [g.weight(i) for g, i in pairs])
+
+
+def _refuse_not_finite(values: Tensor, names: Sequence[str], what: str) -> None:
+    is_bad = ~values.detach().isfinite()
+    if is_bad.any():
+        rows = sorted({name for name, bad in zip(names, is_bad.tolist(), strict=True) if bad})
+        raise ValueError(f"{what} of {', '.join(rows[:5])} is not finite")

@@ -4,118 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from made_rewards import FirstGradients, KillAt, Killed, groups, padded_loss, padded_scores, trainer
 from pyarrow import parquet
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification
 
 from tasks import pack
-from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer, collate, pair_loss, run
+from tasks.reward import collate, run
 from tasks.reward.stage import read_groups
-
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-
-
-class Killed(BaseException):
-    pass
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise Killed
-
-
-class FirstGradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        if state.global_step == 0:
-            self.found = {n: p.grad.clone() for n, p in model.named_parameters()}
-
-
-def groups(count: int, seed: int = 0) -> list[GroupedAnswers]:
-    """Questions with two to four answers; every answer has a better or a worse one."""
-    found = []
-    for n in range(count):
-        prompt, *answers = tiny.drawn(
-            [3 + n % 7, *(1 + (5 * n + 3 * k) % 9 for k in range(2 + n % 3))], seed + n
-        )
-        answers = tuple((*a, tiny.EOS) if k % 2 else tuple(a) for k, a in enumerate(answers))
-        pairs = tuple((i, j) for i in range(len(answers)) for j in range(i)) if n % 2 else ((0, 1),)
-        found.append(GroupedAnswers(tuple(prompt), answers, pairs))
-    return found
-
-
-def trainer(folder, *callbacks, model=None, train=None, held=None, **arguments) -> RewardTrainer:
-    defaults = {
-        "max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "seed": 5,
-        "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "optimizer": "muon", "use_cpu": True,
-        "disable_tqdm": True, "dataloader_pin_memory": False, "lr_scheduler_type": "cosine",
-        "per_device_eval_batch_size": 3,
-    }  # fmt: skip
-    config = RewardConfig(output_dir=str(folder), **{**defaults, **arguments})
-    data = {"eval_dataset": held or groups(5, 50), "callbacks": list(callbacks)}
-    return RewardTrainer(model or tiny.scorer(), config, train or groups(13), **data)
-
-
-def padded_scores(model, some) -> list[torch.Tensor]:
-    """Each answer with its question in a row of its own, through the plain model's own pooling."""
-    rows = [[*g.prompt, *r] for g in some for r in g.responses]
-    width = max(map(len, rows)) + 3
-    ids = torch.tensor([row + [tiny.PAD] * (width - len(row)) for row in rows])
-    flat = model(input_ids=ids, attention_mask=(ids != tiny.PAD).long()).logits[:, 0]
-    return list(flat.split([len(g.responses) for g in some]))
-
-
-def padded_loss(model, some) -> torch.Tensor:
-    scores = padded_scores(model, some)
-    losses = [(1 + (s[w] - s[b]).exp()).log() for g, s in zip(some, scores, strict=True) for b, w in g.pairs]
-    return torch.stack(losses).mean()
-
-
-def test_pair_loss_by_hand():
-    better, worse = torch.tensor([2.0, 1.0, 1.0, 0.0]), torch.tensor([2.0, 0.0, 1 + math.log(3), 300.0])
-    wanted = [math.log(2), math.log(1 + math.exp(-1)), math.log(4), 300.0]
-    assert pair_loss(better, worse).tolist() == pytest.approx(wanted)
-
-
-def test_collate_by_hand():
-    first = GroupedAnswers((5, 6), ((7, 1), (8, 9, 1)), ((1, 0),))
-    second = GroupedAnswers((4,), ((3, 1), (2,), (9,)), ((0, 1), (2, 1)))
-    found = collate([first, second])
-    forest = found["forest"]
-    assert forest.tokens.tolist() == [5, 6, 7, 1, 8, 9, 1, 4, 3, 1, 2, 9]
-    assert forest.positions.tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 1, 1]
-    assert found["answers"] == [1, 2, 4, 5, 6]
-    assert found["pairs"].tolist() == [[1, 0], [2, 3], [4, 3]]
-    assert found["labels"].tolist() == [0, 0, 0]
-    assert found["weights"].tolist() == [1, 1, 1]
-    assert collate([replace(first, weights=(0.5,)), second])["weights"].tolist() == [0.5, 1, 1]
-
-
-def test_a_weight_multiplies_the_loss_of_its_pair(tmp_path):
-    made, some = trainer(tmp_path), groups(2)
-    alone = [made.compute_loss(made.model, collate([g])).item() for g in some]
-    assert len(some[0].pairs) == 1 and len(some[1].pairs) == 3
-    heavy = [replace(some[0], weights=(5.0,)), replace(some[1], weights=(0.5, 0.5, 0.5))]
-    assert made.compute_loss(made.model, collate(heavy)).item() == pytest.approx(
-        (5 * alone[0] + 1.5 * alone[1]) / 4, rel=1e-5
-    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "opt"])
 def test_grouped_is_padded_pairs(tmp_path, kind):
     """Scores, loss and gradients; the score is read where plain transformers reads it, at the last token."""
-    keys = NO_DROPOUT if kind == "gpt2" else {"dropout": 0.0} if kind == "opt" else {}
-    plain, some = tiny.scorer(kind, **keys), groups(7)
+    plain, some = tiny.scorer(kind), groups(7)
     wanted = padded_loss(plain, some)
     wanted.backward()
-    made = trainer(tmp_path, model=tiny.scorer(kind, **keys))
+    made = trainer(tmp_path, model=tiny.scorer(kind))
     batch = collate(some)
     assert (
         tiny.far(made.scores(made.model, batch).detach(), torch.cat(padded_scores(plain, some)).detach())
