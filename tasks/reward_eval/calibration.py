@@ -44,7 +44,9 @@ def fit_temperature(margins: np.ndarray) -> float | None:
     None where no positive T does: the margins point the wrong way, or nowhere.
     """
     scale = np.sqrt((margins**2).mean()) or 1.0
-    slope = fit_logistic(margins[:, None] / scale, ridge=1e-6)[0]  # finite where every pair is right
+    slope = fit_logistic(margins[:, None] / scale, np.ones(len(margins)), ridge=1e-6)[
+        0
+    ]  # finite where every pair is right
     return float(scale / slope) if slope > 0 else None
 
 

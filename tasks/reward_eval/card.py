@@ -55,7 +55,7 @@ def report(
         "logistic_rule": {
             "pairs": rule.pairs,
             "questions": rule.questions,
-            "weights": dict(zip(FEATURES, rule.standardised.tolist(), strict=True)),
+            "coefficients": dict(zip(FEATURES, rule.standardised.tolist(), strict=True)),
         },
         "parts": measure_parts(held, credits, samples, seed),
         "length_correlation": length_correlations(held),

@@ -14,12 +14,13 @@ FEWEST_QUESTIONS = 5  # behind an interval
 def margins_of(held: HeldOut, rule: LogisticRule) -> dict[str, np.ndarray]:
     """Every rule's margins [P], better minus worse: above 0 right, 0 a tie."""
     posted, other = held.of_pairs(held.created)
+    is_known = (posted != "") & (other != "")
     return {
         "reward_model": held.differences(held.scores),
         "longer": held.differences(held.characters).astype(float),
         "has_code": held.differences(held.has_code.astype(float)),
-        "logistic": held.differences(held.features) @ rule.weights,
-        "earlier": (posted < other).astype(float) - (posted > other),
+        "logistic": held.differences(held.features) @ rule.coefficients,
+        "earlier": is_known * ((posted < other).astype(float) - (posted > other)),
     }
 
 
@@ -76,6 +77,7 @@ def partitions(held: HeldOut) -> dict[str, dict[str, np.ndarray]]:
     is_much = (longer_one >= 2 * shorter_one) & ~is_similar
     is_some = ~is_much & ~is_similar
     posted, other_posted = held.of_pairs(held.created)
+    is_known = (posted != "") & (other_posted != "")
     on_meta = np.array([is_meta(name) for name in sites])[site]
     return {
         "gap": {"1": gap == 1, "2": gap == 2, "3+": gap >= 3},
@@ -87,9 +89,10 @@ def partitions(held: HeldOut) -> dict[str, dict[str, np.ndarray]]:
             "much longer": is_much & (length > other),
         },
         "position": {
-            "earlier": posted < other_posted,
-            "later": posted > other_posted,
-            "same moment": posted == other_posted,
+            "earlier": is_known & (posted < other_posted),
+            "later": is_known & (posted > other_posted),
+            "same moment": is_known & (posted == other_posted),
+            "unknown": ~is_known,
         },
         "site_kind": {"main": ~on_meta, "meta": on_meta},
         "site": {str(name): site == number for number, name in enumerate(sites)},

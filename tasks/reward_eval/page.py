@@ -58,11 +58,11 @@ def _rules(card: dict) -> Iterator[str]:
     header = ("rule", "accuracy", "ties", "ties counted half", "95 % interval", "reward model's lead")
     yield from _table(header, rows)
     logistic = card["logistic_rule"]
-    weights = ", ".join(f"{name} {weight:+.2f}" for name, weight in logistic["weights"].items())
+    coefficients = ", ".join(f"{name} {value:+.2f}" for name, value in logistic["coefficients"].items())
     yield ""
     yield "A tie is never right; a rule that cannot tell gets half of it, the reward model nothing."
     yield f"The logistic rule is fitted to {logistic['pairs']} training pairs of {logistic['questions']}"
-    yield f"questions; log-odds per standard difference: {weights}."
+    yield f"questions; log-odds per standard difference: {coefficients}."
 
 
 def _parts(card: dict) -> Iterator[str]:

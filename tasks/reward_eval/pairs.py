@@ -26,7 +26,7 @@ class HeldOut:
     published: np.ndarray  # [A] what the dump says, and the pairs come from
     characters: np.ndarray  # [A]
     has_code: np.ndarray  # [A] bool
-    created: np.ndarray  # [A] ISO 8601
+    created: np.ndarray  # [A] ISO 8601; "" where nobody knows
     features: np.ndarray  # [A, F] of the text, see `rules.FEATURES`
     pairs: np.ndarray  # [P, 2] better and worse answer, places in [A]
 

@@ -19,10 +19,10 @@ from pyarrow import parquet
 
 TEXT_RULES = ("longer", "has_code", "logistic")  # see only the text; `earlier` does not
 FEATURES = ("characters", "code blocks", "links", "paragraphs", "words of the question")  # each ln(1 + count)
-RIDGE = 1.0  # half a square of a standardised weight costs as much as a nat of one pair's likelihood
+RIDGE = 1.0  # half a squared coefficient costs as much as one nat of a pair's likelihood
 NEWTON_STEPS = 50
-QUESTIONS_READ = 50_000  # five weights need no more
-COLUMNS = ["site", "question_id", "question", "answers.list.element.text", "pairs"]  # not the tokens
+QUESTIONS_READ = 50_000  # five coefficients need no more
+COLUMNS = ["site", "question_id", "question", "answers.list.element.text", "pairs", "weights"]  # no tokens
 _FENCE, _LINK = re.compile(r"^ {0,3}```", re.MULTILINE), re.compile(r"https?://")
 _GAP, _WORD = re.compile(r"\n\s*\n"), re.compile(r"\w+")
 
@@ -40,29 +40,30 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -x))
 
 
-def fit_logistic(differences: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
-    """Bradley-Terry weights: the maximum of Σ ln σ(w·x) − ridge/2 |w|², by Newton's method from 0.
+def fit_logistic(differences: np.ndarray, weights: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
+    """Bradley-Terry coefficients: the maximum of Σ w ln σ(c·x) − ridge/2 |c|², by Newton's method from 0.
 
     There is no intercept, because neither answer of a pair comes first. Newton's steps from 0, where the
     curvature is greatest, need no damping.
 
     Args:
         differences: [P, F] x, features of the better minus those of the worse answer.
-        ridge: price of a squared weight; above 0 it keeps the weights of separable pairs finite.
+        weights: [P] w, of each pair.
+        ridge: price of a squared coefficient; above 0 it keeps those of separable pairs finite.
 
     Returns:
-        [F] w.
+        [F] c.
     """
-    weights = np.zeros(differences.shape[1])
+    found, price = np.zeros(differences.shape[1]), ridge * np.eye(differences.shape[1])
     for _ in range(NEWTON_STEPS):
-        doubt = sigmoid(-(differences @ weights))  # [P] what the model gives to the worse answer
-        gradient = differences.T @ doubt - ridge * weights
-        curvature = (differences.T * (doubt * (1 - doubt))) @ differences + ridge * np.eye(len(weights))
+        doubt = sigmoid(-(differences @ found))  # [P] what the model gives to the worse answer
+        gradient = differences.T @ (weights * doubt) - price @ found
+        curvature = (differences.T * (weights * doubt * (1 - doubt))) @ differences + price
         step = np.linalg.solve(curvature, gradient)
-        weights += step
+        found += step
         if np.abs(step).max() < 1e-10:
             break
-    return weights
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,34 +76,37 @@ class LogisticRule:
     questions: int
 
     @property
-    def weights(self) -> np.ndarray:
+    def coefficients(self) -> np.ndarray:
         """Log-odds per unit of a feature, [F]."""
         return self.standardised / self.scales
 
 
-def fit_rule(differences: np.ndarray, questions: int) -> LogisticRule:
-    """The logistic rule of training pairs. Differences [P, F]."""
+def fit_rule(differences: np.ndarray, weights: np.ndarray, questions: int) -> LogisticRule:
+    """The logistic rule of training pairs. Differences [P, F], weights [P]."""
     scales = np.sqrt((differences**2).mean(axis=0))  # about 0: a pair has no first answer
     scales[scales == 0] = 1.0
-    return LogisticRule(fit_logistic(differences / scales), scales, len(differences), questions)
+    standardised = fit_logistic(differences / scales, weights)
+    return LogisticRule(standardised, scales, len(differences), questions)
 
 
-def training_differences(path: Path, most_questions: int = QUESTIONS_READ) -> tuple[np.ndarray, int]:
-    """Differences of text features of the training pairs, and of how many questions; the file is streamed.
+def training_differences(
+    path: Path, most_questions: int = QUESTIONS_READ
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """What the logistic rule learns from: the pairs of the reward model, weighted as its loss weights them.
 
-    Of more than `most_questions` about that many are read, chosen by hash.
+    The file is streamed. Of more than `most_questions` about that many are read, chosen by hash.
 
     Args:
         path: pack/groups/reward.parquet.
         most_questions: about how many to read.
 
     Returns:
-        [P, F] better minus worse, and the number of questions.
+        Text features [P, F], better minus worse; the pairs' weights [P]; the number of questions.
 
     Raises:
         ValueError: there is no pair.
     """
-    file, found, questions = parquet.ParquetFile(path), [], 0
+    file, found, weights, questions = parquet.ParquetFile(path), [], [], 0
     share = most_questions / max(file.metadata.num_rows, 1)
     for batch in file.iter_batches(512, columns=COLUMNS):
         for group in batch.to_pylist():
@@ -111,10 +115,11 @@ def training_differences(path: Path, most_questions: int = QUESTIONS_READ) -> tu
                 features = np.array([text_features(group["question"], text) for text in texts])
                 better, worse = np.array(group["pairs"]).T
                 found.append(features[better] - features[worse])
+                weights += group["weights"]
                 questions += 1
     if not found:
         raise ValueError(f"reward_eval: {path} holds no pair to fit the logistic rule to")
-    return np.concatenate(found), questions
+    return np.concatenate(found), np.array(weights), questions
 
 
 def _is_read(group: Mapping, share: float) -> bool:

@@ -25,7 +25,7 @@ def answer(score: int, text: str = "x", created: int = 1, number: int = 0) -> di
 def group(number: int, answers: list[dict], pairs: list[list[int]], site: str = "s") -> dict:
     return {
         "site": site, "question_id": number, "question": "What is it?", "prompt": [3], "answers": answers,
-        "pairs": pairs,
+        "pairs": pairs, "weights": [1.0] * len(pairs),
     }  # fmt: skip
 
 

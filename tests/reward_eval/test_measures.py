@@ -44,6 +44,12 @@ def test_rules_by_hand():
     }
 
 
+def test_an_answer_without_a_date_is_neither_earlier_nor_later():
+    answers = [answer(3), answer(2) | {"created": ""}, answer(1)]
+    held = lay_out([group(1, answers, [[0, 1], [1, 2], [0, 2]])], [0, 0, 0])
+    assert margins_of(held, NO_RULE)["earlier"].tolist() == [0, 0, 0]
+
+
 def test_the_logistic_rule_weighs_every_feature():
     held, _ = drawn(9)
     weights, scales = np.arange(1.0, 6), np.arange(2.0, 7)
@@ -128,6 +134,9 @@ def test_parts_by_gap_time_and_site():
     assert gaps == ["1", "2", "3+", "3+"]
     times = [part_of("position", answer(1, "x", at), answer(0, "x", 5)) for at in (4, 5, 6)]
     assert times == ["earlier", "same moment", "later"]
+    undated = answer(0) | {"created": ""}
+    for pair in ((answer(1), undated), (undated, answer(0)), (undated, undated)):
+        assert part_of("position", *pair) == "unknown"
     assert part_of("site", answer(1), answer(0), "meta.a") == "meta.a"
     assert part_of("site_kind", answer(1), answer(0), "meta.a") == "meta"
     assert part_of("site_kind", answer(1), answer(0), "a") == "main"

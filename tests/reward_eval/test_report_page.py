@@ -50,7 +50,7 @@ def test_the_card_by_hand():
     assert low == pytest.approx(own["interval"][0] - 0.5), "the rule is right half of the time on every pair"
     assert {gap: part["pairs"] for gap, part in card["parts"]["gap"].items()} == {"1": 2, "2": 1, "3+": 2}
     assert card["bars"] == {"min_accuracy": 0.8, "min_margin": 0.1}
-    assert card["logistic_rule"]["weights"] == dict.fromkeys(FEATURES, 0.0)
+    assert card["logistic_rule"]["coefficients"] == dict.fromkeys(FEATURES, 0.0)
     assert [m["margin"] for m in card["mistakes"]] == [-1.0]
 
 
@@ -70,7 +70,7 @@ def test_the_logistic_rule_counts_for_the_gate():
     assert card["verdict"] == "margin 0.000 over 'logistic' is below reward_eval.min_margin 0.1"
     assert card["logistic_rule"] == {
         "pairs": 30, "questions": 20,
-        "weights": dict.fromkeys(FEATURES, 0) | {"characters": -1},
+        "coefficients": dict.fromkeys(FEATURES, 0) | {"characters": -1},
     }  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def test_the_logistic_rule_sees_the_training_groups_only(packed, tmp_path):
     own = outs(packed)[0]["logistic_rule"]
     groups = parquet.read_table(packed.artifact("pack", "groups", "reward.parquet")).to_pylist()
     assert own["questions"] == len(groups) and own["pairs"] == sum(len(g["pairs"]) for g in groups)
-    assert any(own["weights"].values())
+    assert any(own["coefficients"].values())
     layout = copied(packed, tmp_path)
     rewrite(layout, "eval", lambda table: table.slice(3))
     run(tiny.params(), layout)
@@ -132,7 +132,7 @@ def test_no_pair_is_an_error_that_names_the_file(packed, tmp_path, name, rows):
     layout = copied(packed, tmp_path)
 
     def emptied(table):
-        ties = [row | {"pairs": []} for row in table.to_pylist()]
+        ties = [row | {"pairs": [], "weights": []} for row in table.to_pylist()]
         return GROUPS.empty_table() if rows == "none" else table.from_pylist(ties, schema=GROUPS)
 
     rewrite(layout, name, emptied)
@@ -146,7 +146,9 @@ def test_a_group_of_ties_among_others_counts_for_nothing(packed, tmp_path):
 
     def with_ties(table):
         rows = table.to_pylist()
-        return table.from_pylist([rows[0] | {"pairs": [], "question_id": 1}, *rows], schema=GROUPS)
+        return table.from_pylist(
+            [rows[0] | {"pairs": [], "weights": [], "question_id": 1}, *rows], schema=GROUPS
+        )
 
     rewrite(layout, "eval", with_ties)
     rewrite(layout, "reward", with_ties)

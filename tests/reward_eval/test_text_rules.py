@@ -42,36 +42,45 @@ def test_text_features_by_hand(text, blocks, links, paragraphs, words):
     assert len(FEATURES) == 5
 
 
+def fit(x: np.ndarray, ridge: float = 1.0) -> np.ndarray:
+    return fit_logistic(x, np.ones(len(x)), ridge)
+
+
 def test_logistic_by_hand():
-    """Three of four pairs have the larger x first: σ(w) = 3/4. The second feature, apart: 4/5 at x = 2."""
+    """Three of four pairs have the larger x first: σ(c) = 3/4. The second feature, apart: 4/5 at x = 2."""
     x = np.array([[1.0, 0.0]] * 3 + [[-1.0, 0.0]] + [[0.0, 2.0]] * 4 + [[0.0, -2.0]])
-    assert fit_logistic(x, ridge=0) == pytest.approx([log(3), log(4) / 2])
-    (w,) = fit_logistic(np.ones((1, 1)))
-    assert w == pytest.approx(0.4010581375, abs=1e-9), "σ(−w) = w at ridge 1"
+    assert fit(x, ridge=0) == pytest.approx([log(3), log(4) / 2])
+    (c,) = fit(np.ones((1, 1)))
+    assert c == pytest.approx(0.4010581375, abs=1e-9), "σ(−c) = c at ridge 1"
 
 
-def correlated(pairs: int, weights, seed: int = 0) -> np.ndarray:
+def correlated(pairs: int, coefficients, seed: int = 0) -> np.ndarray:
     """Differences of correlated features whose better answer was drawn by a Bradley-Terry model."""
     draw = np.random.default_rng(seed)
-    x = draw.normal(size=(pairs, len(weights))) @ draw.normal(size=(len(weights),) * 2)
-    return np.where(draw.random(pairs) < sigmoid(x @ weights), 1, -1)[:, None] * x
+    x = draw.normal(size=(pairs, len(coefficients))) @ draw.normal(size=(len(coefficients),) * 2)
+    return np.where(draw.random(pairs) < sigmoid(x @ coefficients), 1, -1)[:, None] * x
 
 
 def test_logistic_is_where_the_gradient_vanishes_and_finds_the_truth():
     x = correlated(20_000, [0.5, -1.0, 0.0])
     for ridge in (0.0, 1.0, 300.0):
-        w = fit_logistic(x, ridge)
-        assert x.T @ (1 / (1 + np.exp(x @ w))) == pytest.approx(ridge * w, abs=1e-6)
-    assert fit_logistic(x) == pytest.approx([0.5, -1.0, 0.0], abs=0.06), "about three standard errors"
-    assert fit_logistic(-x) == pytest.approx(-fit_logistic(x)), "no answer comes first"
-    shuffled = x[np.random.default_rng(1).permutation(len(x))]
-    assert fit_logistic(shuffled) == pytest.approx(fit_logistic(x))
+        c = fit(x, ridge)
+        assert x.T @ (1 / (1 + np.exp(x @ c))) == pytest.approx(ridge * c, abs=1e-6)
+    assert fit(x) == pytest.approx([0.5, -1.0, 0.0], abs=0.06), "about three standard errors"
+    assert fit(-x) == pytest.approx(-fit(x)), "no answer comes first"
+    assert fit(x[np.random.default_rng(1).permutation(len(x))]) == pytest.approx(fit(x))
 
 
-def test_separable_pairs_have_finite_weights():
-    (w,) = fit_logistic(np.full((100_000, 1), 1.0))
-    assert 9 < w < 10 and 100_000 * sigmoid(-w) == pytest.approx(w)
-    assert fit_logistic(np.zeros((9, 2))).tolist() == [0, 0], "nothing differs, nothing is learnt"
+def test_a_pair_of_weight_two_is_two_pairs():
+    x = correlated(300, [0.5, -1.0])
+    weights = np.random.default_rng(2).integers(0, 4, 300)
+    assert fit_logistic(x, weights) == pytest.approx(fit(np.repeat(x, weights, axis=0)))
+
+
+def test_separable_pairs_have_finite_coefficients():
+    (c,) = fit(np.full((100_000, 1), 1.0))
+    assert 9 < c < 10 and 100_000 * sigmoid(-c) == pytest.approx(c)
+    assert fit(np.zeros((9, 2))).tolist() == [0, 0], "nothing differs, nothing is learnt"
 
 
 def test_sigmoid_does_not_overflow():
@@ -80,17 +89,18 @@ def test_sigmoid_does_not_overflow():
 
 
 def test_the_unit_of_a_feature_does_not_matter():
-    x = correlated(500, [0.5, -1.0])
-    rule, other = fit_rule(x, 7), fit_rule(x * [1000.0, 1.0], 7)
+    x, weights = correlated(500, [0.5, -1.0]), np.arange(500) % 3
+    rule, other = fit_rule(x, weights, 7), fit_rule(x * [1000.0, 1.0], weights, 7)
     assert other.standardised == pytest.approx(rule.standardised)
-    assert other.weights == pytest.approx(rule.weights / [1000, 1])
-    assert rule.weights * rule.scales == pytest.approx(rule.standardised)
+    assert other.coefficients == pytest.approx(rule.coefficients / [1000, 1])
+    assert rule.coefficients * rule.scales == pytest.approx(rule.standardised)
+    assert rule.standardised == pytest.approx(fit_logistic(x / rule.scales, weights))
     assert rule.scales == pytest.approx(np.sqrt((x**2).mean(0))) and (rule.pairs, rule.questions) == (500, 7)
 
 
-def test_a_feature_that_never_differs_has_no_weight():
-    rule = fit_rule(np.array([[1.0, 0.0]] * 3 + [[-1.0, 0.0]]), 4)
-    assert rule.weights[0] > 0 and rule.weights[1] == 0 and rule.scales.tolist() == [1, 1]
+def test_a_feature_that_never_differs_counts_for_nothing():
+    rule = fit_rule(np.array([[1.0, 0.0]] * 3 + [[-1.0, 0.0]]), np.ones(4), 4)
+    assert rule.coefficients[0] > 0 and rule.coefficients[1] == 0 and rule.scales.tolist() == [1, 1]
 
 
 def write(path, groups):
@@ -104,19 +114,21 @@ def test_training_differences_by_hand(tmp_path):
     first = group(1, [answer(1, texts[0]), answer(2, texts[1])], [[1, 0]])
     ties = group(2, [answer(1, "a"), answer(1, "b")], [])
     third = group(3, [answer(3, texts[0]), answer(2, texts[1]), answer(1, "")], [[0, 1], [0, 2]])
-    found, questions = training_differences(write(tmp_path / "r.parquet", [first, ties, third]))
+    third["weights"] = [0.5, 2.0]
+    found, weights, questions = training_differences(write(tmp_path / "r.parquet", [first, ties, third]))
     one, two, none = (np.array(text_features("What is it?", text)) for text in (*texts, ""))
-    assert questions == 2 and found == pytest.approx(np.array([two - one, one - two, one - none]))
+    assert questions == 2 and weights.tolist() == [1, 0.5, 2]
+    assert found == pytest.approx(np.array([two - one, one - two, one - none]))
 
 
 def test_of_many_questions_a_share_is_read(tmp_path):
     """2,000 questions, a quarter wanted: 500 ± 19 (one standard deviation); row order does not choose."""
     groups = [group(n, [answer(2, "x" * n), answer(1)], [[0, 1]]) for n in range(2000)]
-    everything, questions = training_differences(write(tmp_path / "a.parquet", groups))
+    everything, _, questions = training_differences(write(tmp_path / "a.parquet", groups))
     assert questions == len(everything) == 2000, "over many batches and row groups"
-    some, count = training_differences(tmp_path / "a.parquet", 500)
-    again, _ = training_differences(write(tmp_path / "b.parquet", groups[::-1]), 500)
-    assert len(some) == count and 430 < count < 570
+    some, weights, count = training_differences(tmp_path / "a.parquet", 500)
+    again, _, _ = training_differences(write(tmp_path / "b.parquet", groups[::-1]), 500)
+    assert len(some) == len(weights) == count and 430 < count < 570
     assert {*some[:, 0]} <= {*everything[:, 0]} and sorted(again[:, 0]) == sorted(some[:, 0])
     assert rules.QUESTIONS_READ > 7000, "all of the default run"
 
