@@ -52,7 +52,7 @@ class KillAt(TrainerCallback):
 class FirstGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         if state.global_step == 0:
-            self.found = {n: p.grad.clone() for n, p in model.named_parameters()}
+            self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def groups(count: int, seed: int = 0) -> list[GroupedAnswers]:
