@@ -42,6 +42,11 @@ OWN_KEYS = {
     },
     "gemma": LLAMA | {"head_dim": 8},
     "gemma2": LLAMA | {"head_dim": 8},
+    "t5": {
+        "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": PAD,
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
+    },
+    "ctrl": {"n_embd": 16, "dff": 24, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "electra": LLAMA | {"embedding_size": 12},
     "distilbert": {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64},
     "modernbert": LLAMA | {"cls_token_id": 2, "sep_token_id": 3, "local_attention": 4},

@@ -144,4 +144,4 @@ def _attend(query, key, value, sees, bias, dropout, scaling) -> Tensor:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     odds = query * scale @ key.transpose(-1, -2)
     odds = (odds if bias is None else odds + bias).masked_fill(~sees, float("-inf"))
-    return odds.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return odds.softmax(-1).to(value.dtype) @ value

@@ -155,7 +155,7 @@ def enable_forest(model) -> None:
             (GPT-J, Bloom), or some layers are no attention, or an attention of another kind.
     """
     bare = unwrapped(model)
-    config, before = bare.config.get_text_config(), bare.config._attn_implementation
+    config = bare.config.get_text_config()
     attentions = sum(hasattr(module, "is_causal") for module in bare.modules())
     reasons = [f"has {kind} layers" for kind in getattr(config, "layer_types", None) or ()
                if kind not in SERVED_LAYERS]  # fmt: skip
@@ -169,7 +169,6 @@ def enable_forest(model) -> None:
         bare.set_attn_implementation("forest")
         if bare.config._attn_implementation == "forest":
             return
-        bare.set_attn_implementation(before)
         reasons.append("has an attention of its own")
     raise ValueError(f"{type(bare).__name__} cannot be served by the forest attention: it {reasons[0]}")
 

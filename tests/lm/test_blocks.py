@@ -66,3 +66,25 @@ def test_blocks_hold_every_token_once_and_bound_their_waste():
         whole = block.sees[torch.arange(n), 0, own - 1].sum(1)
         for longest, lengths in ((rows, own), (columns, whole)):
             assert longest == lengths.max() and (longest <= 32 or longest < 1.5 * lengths.min())
+
+
+@pytest.mark.parametrize("most", [blocks.SMALL_BLOCK, 0])
+@pytest.mark.parametrize(("window", "wanted"), [(1, [1, 2, 4]), (2, [1, 1.5, 3]), (3, [1, 1.5, 7 / 3])])
+def test_a_window_by_hand(monkeypatch, most, window, wanted):
+    """A question of two tokens, an answer of one; all products are 0: each token averages what it sees."""
+    monkeypatch.setattr(blocks, "SMALL_BLOCK", most)
+    sight = plant([Segment((5, 6)), Segment((7,), 0)]).sight
+    heads, values = torch.zeros(3, 1, 1), torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
+    found = blocks.attend(sight, heads, heads, values, window=window)
+    assert found.flatten().tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("most", [blocks.SMALL_BLOCK, 0])
+def test_a_bias_by_hand(monkeypatch, most):
+    """log 3 for one place ahead, two documents: the first token counts its successor three times."""
+    monkeypatch.setattr(blocks, "SMALL_BLOCK", most)
+    sight = plant([Segment((5, 6)), Segment((7,))], is_causal=False).sight
+    heads, values = torch.zeros(3, 1, 1), torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
+    bias = torch.tensor([[0.0, 3.0, 9.0], [0.0, 1.0, 9.0], [9.0, 9.0, 9.0]]).log().clamp(min=0)[None, None]
+    found = blocks.attend(sight, heads, heads, values, bias=bias)
+    assert found.flatten().tolist() == pytest.approx([7 / 4, 3 / 2, 4])

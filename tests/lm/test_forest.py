@@ -294,6 +294,24 @@ def test_what_only_other_attentions_understand_is_refused(argument):
         forest_attention(layer, heads, heads[:, :1], heads[:, :1], None, **keys)
 
 
+def test_a_window_that_looks_ahead_is_refused():
+    layer, heads = tiny.scorer("bert").bert.encoder.layer[0].attention.self, torch.zeros(1, 2, 4, 8)
+    keys = {"forest": plant(roots((4,)), is_causal=False), "sliding_window": 2}
+    with pytest.raises(ValueError, match="BertSelfAttention uses a window that looks ahead, which a forest"):
+        forest_attention(layer, heads, heads, heads, None, **keys)
+
+
+@pytest.mark.parametrize("is_causal", [None, True, False])
+def test_without_a_forest_it_is_plain_attention(is_causal):
+    """The layer's way, or the one that the call asks for."""
+    layer, heads = tiny.causal().model.layers[0].self_attn, torch.randn(1, 2, 4, 8)
+    found, _ = forest_attention(layer, heads, heads[:, :1], heads[:, :1], None, is_causal=is_causal)
+    wanted = functional.scaled_dot_product_attention(
+        heads, heads[:, :1], heads[:, :1], is_causal=is_causal is not False, enable_gqa=True
+    )
+    assert tiny.far(found, wanted.transpose(1, 2)) <= CLOSE
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_model_that_was_not_enabled_fails_loudly(attention):
     """The mask that a forest hands on has no columns, which no other attention takes."""
@@ -329,5 +347,6 @@ def test_dropout_reaches_the_attention():
     """A forest trains as any other model: with attention dropout two forwards differ."""
     model = tiny.causal(attention_dropout=0.5).train()
     enable_forest(model)
-    forest = plant(roots((8, 8)))
-    assert not torch.equal(run_forest(model, forest).logits, run_forest(model, forest).logits)
+    forest, rows = plant(roots((8, 8))), torch.tensor(tiny.drawn((8, 8)))
+    for run in (lambda: run_forest(model, forest), lambda: model(input_ids=rows)):
+        assert not torch.equal(run().logits, run().logits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForTokenClassification
 
 from tasks.lm import blocks
 from tasks.lm.forest import Segment, enable_forest, plant, run_forest, serve_forest
@@ -15,9 +16,9 @@ PADDED_DECODERS = ("gptj", "bloom", "gemma2")
 PADDED_ENCODERS = ("deberta-v2", "modernbert", "albert")
 
 
-def plain_scores(model, documents, pad=tiny.PAD) -> torch.Tensor:
+def plain_scores(model, documents, pad=tiny.PAD, extra=2) -> torch.Tensor:
     """Right-padded rows through the model's own forward; pad differs from eos."""
-    width = max(map(len, documents)) + 2
+    width = max(map(len, documents)) + extra
     ids = torch.tensor([d + [pad] * (width - len(d)) for d in documents])
     mask = torch.tensor([[1] * len(d) + [0] * (width - len(d)) for d in documents])
     return model(input_ids=ids, attention_mask=mask).logits[:, 0]
@@ -71,13 +72,27 @@ def test_answers_that_share_a_question_score_as_whole_documents(kind):
     assert tiny.far(forest_scores(model, tree, [1, 2, 3]), wanted) <= 1e-5
 
 
+@pytest.mark.parametrize("kind", ["roberta", "ctrl"])
 @pytest.mark.parametrize("pad", [tiny.PAD, 31])
 @torch.no_grad()
-def test_roberta_counts_positions_from_behind_its_padding_index(pad):
-    model = tiny.scorer("roberta", pad_token_id=pad)
+def test_any_padding_id(kind, pad):
+    """RoBERTa counts positions from behind it; CTRL looks for it to find a document's end."""
+    model = tiny.scorer(kind, pad_token_id=pad)
     documents = tiny.drawn((5, 12, 1), high=31)
     wanted = plain_scores(model, documents, pad)
     assert tiny.far(score_documents(model, documents, 8), wanted) <= 1e-5
+
+
+@torch.no_grad()
+def test_encoder_decoders_read_by_their_own_heads():
+    """T5 at the eos that each document must have; T5Gemma, whose head has a decoder's name, further on."""
+    documents = [[*d, tiny.EOS] for d in tiny.drawn((5, 12, 1))]
+    t5 = tiny.scorer("t5")
+    assert tiny.far(score_documents(t5, documents, 8), plain_scores(t5, documents)) <= 1e-5
+    half = tiny.LLAMA | {"head_dim": 8, "vocab_size": 32, "cross_attention_hidden_size": 16}
+    half |= {"pad_token_id": tiny.PAD, "eos_token_id": tiny.EOS}
+    gemma = tiny.scorer("t5gemma", encoder=half, decoder=half | {"is_decoder": True})
+    assert tiny.far(score_documents(gemma, documents, 8), plain_scores(gemma, documents, extra=0)) <= 1e-5
 
 
 @torch.no_grad()
@@ -150,6 +165,9 @@ def test_models_that_give_no_score_are_refused():
     grown = plant([Segment((5,))])
     with pytest.raises(ValueError, match="LlamaForCausalLM with 2 labels is no sequence classification"):
         forest_scores(tiny.causal(), grown, [0])
+    tagger = AutoModelForTokenClassification.from_config(tiny.config_of("llama", num_labels=1))
+    with pytest.raises(ValueError, match="LlamaForTokenClassification with 1 labels is no sequence"):
+        forest_scores(tagger, grown, [0])
     with pytest.raises(
         ValueError, match="LlamaForSequenceClassification with 3 labels is no sequence classification"
     ):
