@@ -74,7 +74,7 @@ def partitions(held: HeldOut) -> dict[str, dict[str, np.ndarray]]:
     length, other = held.of_pairs(held.characters)
     shorter_one, longer_one = np.minimum(length, other), np.maximum(length, other)
     is_similar = 5 * longer_one <= 6 * shorter_one
-    is_much = (longer_one >= 2 * shorter_one) & ~is_similar
+    is_much = longer_one >= 2 * shorter_one
     is_some = ~is_much & ~is_similar
     posted, other_posted = held.of_pairs(held.created)
     is_known = (posted != "") & (other_posted != "")

@@ -186,6 +186,11 @@ def test_correlation_by_hand():
     assert correlation(rising, falling, owner) == pytest.approx(-1)
     assert correlation(rising, falling, np.zeros(4)) > 0.9, "between the questions it rises"
     assert correlation(rising, np.array([0.1, 0.1, 0.3, 0.3]), owner) is None, "constant within"
+    one_moves, both_move = (
+        np.array([0.0, 2, 7, 7]),
+        np.array([0.0, 1, 6, 5]),
+    )  # (−1, 1, 0, 0), (−1, 1, 1, −1) / 2
+    assert correlation(one_moves, both_move, owner) == pytest.approx(2**-0.5)
     assert correlation(np.full(3, 0.1), np.array([1.0, 2, 3]), same) is None
 
 

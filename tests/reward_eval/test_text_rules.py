@@ -71,6 +71,13 @@ def test_logistic_is_where_the_gradient_vanishes_and_finds_the_truth():
     assert fit(x[np.random.default_rng(1).permutation(len(x))]) == pytest.approx(fit(x))
 
 
+def test_newtons_steps_are_few(monkeypatch):
+    monkeypatch.setattr(rules, "NEWTON_STEPS", 6)
+    x, weights = correlated(2000, [1.0, -2.0]), np.arange(2000) % 5
+    c = fit_logistic(x, weights)
+    assert x.T @ (weights * sigmoid(-(x @ c))) == pytest.approx(c, abs=1e-6)
+
+
 def test_a_pair_of_weight_two_is_two_pairs():
     x = correlated(300, [0.5, -1.0])
     weights = np.random.default_rng(2).integers(0, 4, 300)
