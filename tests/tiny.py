@@ -10,7 +10,12 @@ from types import SimpleNamespace
 import pyarrow as pa
 import torch
 from pyarrow import parquet
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from params.schema import Params
 from tasks.data.schema import SCHEMA
@@ -27,6 +32,10 @@ LLAMA = {
     "num_key_value_heads": 1, "max_position_embeddings": 64,
 }  # fmt: skip
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+T5 = {
+    "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": PAD,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
+}  # fmt: skip
 DROPOUTS = (
     "attention_dropout hidden_dropout dropout resid_pdrop embd_pdrop attn_pdrop dropout_rate "
     "classifier_dropout hidden_dropout_prob attention_probs_dropout_prob seq_classif_dropout"
@@ -42,10 +51,9 @@ OWN_KEYS = {
     },
     "gemma": LLAMA | {"head_dim": 8},
     "gemma2": LLAMA | {"head_dim": 8},
-    "t5": {
-        "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": PAD,
-        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
-    },
+    "t5": T5,
+    "mt5": T5,
+    "umt5": T5,
     "ctrl": {"n_embd": 16, "dff": 24, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "electra": LLAMA | {"embedding_size": 12},
     "distilbert": {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64},
@@ -69,6 +77,12 @@ def scorer(kind: str = "llama", seed: int = 0, **keys):
     """A random reward model in evaluation mode."""
     torch.manual_seed(seed)
     return _loud(AutoModelForSequenceClassification.from_config(config_of(kind, **{"num_labels": 1, **keys})))
+
+
+def seq2seq(kind: str = "t5", seed: int = 0, **keys):
+    """A random encoder-decoder in evaluation mode; T5's own start is far from uniform."""
+    torch.manual_seed(seed)
+    return AutoModelForSeq2SeqLM.from_config(config_of(kind, **keys)).eval()
 
 
 def _loud(model):

@@ -23,7 +23,8 @@ from transformers.masking_utils import sdpa_mask
 
 from tasks.lm.blocks import Sight, attend, look
 
-OF_OTHERS = ("softcap", "s_aux", "sinks", "indices", "block_indices", "position_bias")  # of other attentions
+OF_OTHERS = ("softcap", "s_aux", "sinks", "indices", "block_indices")  # what other attentions take
+RELATIVE = ("mt5", "t5", "umt5")  # encoder-decoders that tasks.lm.pairs serves
 NO_MASK = torch.empty(1, 1, 0, 0)  # any 4-D mask is handed on as it is
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -131,13 +132,15 @@ def forest_attention(
         raise ValueError(f"a forest is one row; {query.shape[0]} rows came")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     sight, window = forest.sight_of(module, is_causal), keys.get("sliding_window")
-    others = [name for name in OF_OTHERS if keys.get(name) is not None]
+    unknown = (*OF_OTHERS, "position_bias") if isinstance(forest, Forest) else OF_OTHERS
+    others = [name for name in unknown if keys.get(name) is not None]
     if others or (window is not None and not is_causal):
         what = others[0] if others else "a window that looks ahead"
         raise ValueError(f"{type(module).__name__} uses {what}, which a forest does not serve")
     groups = getattr(module, "num_key_value_groups", 1)
     heads = (x[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
-    out = attend(sight, *heads, dropout=dropout, scaling=scaling, window=window)
+    bias = keys.get("position_bias")
+    out = attend(sight, *heads, dropout=dropout, scaling=scaling, window=window, bias=bias)
     module.forest_calls = getattr(module, "forest_calls", 0) + 1
     module.forest_window = window
     return out[None], None
@@ -159,7 +162,9 @@ def enable_forest(model) -> None:
     attentions = sum(hasattr(module, "is_causal") for module in bare.modules())
     reasons = [f"has {kind} layers" for kind in getattr(config, "layer_types", None) or ()
                if kind not in SERVED_LAYERS]  # fmt: skip
-    if attentions != config.num_hidden_layers:
+    if config.is_encoder_decoder and config.model_type not in RELATIVE:
+        reasons.append("is an encoder-decoder of another kind than T5")
+    elif attentions != _attentions(config):
         reasons.append(f"has {attentions} attentions in {config.num_hidden_layers} layers")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         reasons.append("caps its attention's logits")
@@ -197,7 +202,7 @@ def run_forest(model, forest: Forest, **keys):
         ValueError: a layer did not call the forest attention (recurrent and convolutional layers see across
             segments; the numbers would be wrong in silence), or did not name its sliding window.
     """
-    with _proven(model):
+    with proven(model):
         return model(
             input_ids=forest.tokens[None],
             position_ids=forest.positions[None] + first_position(model),
@@ -209,18 +214,18 @@ def run_forest(model, forest: Forest, **keys):
 
 
 @contextmanager
-def _proven(model) -> Iterator[None]:
+def proven(model) -> Iterator[None]:
     """Proof, after a forward, that every layer went through the forest attention, windows named."""
     bare = unwrapped(model)
     config = bare.config.get_text_config()
-    layers = config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    wanted = _attentions(config)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * wanted
     windows = 0 if getattr(config, "sliding_window", None) is None else kinds.count("sliding_attention")
     before = _calls(bare)
     yield
-    if _calls(bare) - before != layers:
-        called = f"calls the forest attention {_calls(bare) - before} times in {layers} layers"
-        raise ValueError(f"{type(bare).__name__} {called}")
+    found = _calls(bare) - before
+    if found != wanted:
+        raise ValueError(f"{type(bare).__name__} calls the forest attention {found} times, not {wanted}")
     named = sum(getattr(module, "forest_window", None) is not None for module in bare.modules())
     if named != windows:
         raise ValueError(f"{type(bare).__name__} names its sliding window in {named} of {windows} layers")
@@ -237,6 +242,12 @@ def first_position(model) -> int:
     tables = (m for n, m in model.named_modules() if n.endswith("position_embeddings"))
     padding = next((getattr(table, "padding_idx", None) for table in tables), None)
     return 0 if padding is None else padding + 1
+
+
+def _attentions(config) -> int:
+    """Calls of one forward: one a layer, and in a decoder that has an encoder one more."""
+    own = config.num_hidden_layers
+    return own + 2 * config.num_decoder_layers if config.is_encoder_decoder else own
 
 
 def _calls(model) -> int:

@@ -274,7 +274,7 @@ def test_a_layer_without_attention_is_found_out(way):
     model = with_adapter(model) if "adapter" in way else model
     model = model if way in ("plain", "adapter") else checkpointed(model, "reentrant" in way)
     for _ in range(2):
-        with pytest.raises(ValueError, match="LlamaForCausalLM calls the forest attention 1 times in 2 la"):
+        with pytest.raises(ValueError, match="LlamaForCausalLM calls the forest attention 1 times, not 2"):
             run_forest(model, plant(roots((4, 5))))
 
 
@@ -282,7 +282,7 @@ def test_an_encoders_layer_without_attention_is_found_out():
     model = tiny.scorer("bert")
     enable_forest(model)
     model.bert.encoder.layer[0].attention.self = Recurrence()
-    with pytest.raises(ValueError, match="BertForSequenceClassification calls the forest attention 1 ti"):
+    with pytest.raises(ValueError, match="BertForSequenceClassification calls the forest attention 1 times"):
         run_forest(model, plant(roots((4, 5)), is_causal=False))
 
 
