@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from params.links import BASE, HUB, RAW, Link, dump_links, hub_names, model_links, relink
+from params.links import BASES, HUB, RAW, Link, dump_links, hub_names, model_links, relink
 from params.load import ParamsError, read, read_mapping, validate
 from params.render import render
 
@@ -43,7 +43,8 @@ def use(preset: str, settings: list[str]) -> str:
 
     Args:
         preset: a name in params/presets.
-        settings: "dotted.key=value"; `data.source` takes paths, `model.base` a folder or a Hub id.
+        settings: "dotted.key=value"; `data.source` takes paths, `model.base` and `reward.base` a folder or a
+            Hub id.
 
     Returns:
         One line for the user.
@@ -58,16 +59,15 @@ def use(preset: str, settings: list[str]) -> str:
     values = read_mapping(PRESETS / f"{preset}.yaml")
     given = dict(_setting(text) for text in settings)
     raw = dump_links(given["data.source"]) if given.get("data.source", "sample") != "sample" else []
-    base = _base_links(given.get("model.base", ""))
+    bases = {key: _base_links(key, given.get(key, "")) for key in BASES}
     recorded: dict[str, Any] = dict(given)
     if given.get("data.source", "sample") != "sample":
         recorded["data.source"] = [*(link.name for link in raw), *hub_names(given["data.source"])]
-    if base:
-        recorded["model.base"] = str(BASE)
+    recorded |= {key: str(BASES[key]) for key, found in bases.items() if found}
     for key, value in recorded.items():
         _put(values, key, value)
     params = validate(values)
-    relink({RAW: raw, BASE: base})
+    relink({RAW: raw, **{BASES[key]: found for key, found in bases.items()}})
     text = render(params, shlex.join(["python", "-m", "params", "use", preset, *_shown(recorded)]))
     _replace(PARAMS, text)
     return f"{PARAMS}: preset {preset}" + (f", {len(raw)} dump file(s) linked into {RAW}" if raw else "")
@@ -84,8 +84,9 @@ def check() -> str:
         for name in params.data.source:
             if not name.startswith(HUB) and not (RAW / name).is_file():
                 raise ParamsError(f"{PARAMS}: data.source: {RAW / name} is missing or leads nowhere")
-    if params.model.base == str(BASE):
-        model_links(BASE)
+    for key, base in (("model.base", params.model.base), ("reward.base", params.reward.base)):
+        if base == str(BASES[key]):
+            model_links(BASES[key], key)
     return f"{PARAMS}: ok"
 
 
@@ -109,15 +110,15 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _base_links(base: str) -> list[Link]:
+def _base_links(key: str, base: str) -> list[Link]:
     """Links to the model in a folder; none for a Hub id, which has one slash at most and names no folder."""
     folder = Path(base).expanduser()
     if not base:
         return []
     if folder.is_dir():
-        return model_links(folder)
+        return model_links(folder, key)
     if base.count("/") > 1 or base.startswith((".", "/", "~")):
-        raise ParamsError(f"model.base: folder {base} does not exist")
+        raise ParamsError(f"{key}: folder {base} does not exist")
     return []
 
 

@@ -1,4 +1,4 @@
-"""Files from anywhere, linked into data/raw (dumps) and data/base (a base model), where DVC hashes them."""
+"""Files from anywhere, linked into data/raw (dumps) and data/*base (base models), where DVC hashes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from params.load import ParamsError
 
-RAW, BASE = Path("data/raw"), Path("data/base")
+RAW = Path("data/raw")
+BASES = {"model.base": Path("data/base"), "reward.base": Path("data/reward_base")}
 DUMP_SUFFIXES = (".7z", ".xz", ".gz", ".bz2", ".xml", ".jsonl", ".parquet")
 # In a folder: the archive of a whole site, Posts alone and preference data; not the other tables of the dump.
 OTHER_TABLE = re.compile(r"(^|[.-])(Badges|Comments|PostHistory|PostLinks|Tags|Users|Votes)\.", re.IGNORECASE)
@@ -54,17 +55,17 @@ def dump_links(value: str) -> list[Link]:
     return [links[name] for name in sorted(links)]
 
 
-def model_links(folder: Path) -> list[Link]:
-    """The files of a base model's folder that matter to a run.
+def model_links(folder: Path, key: str) -> list[Link]:
+    """The files of a base model's folder that matter to a run; `key` names it in messages.
 
     Raises:
         ParamsError: it has no config.json, or no weights in safetensors.
     """
     files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES and path.is_file())
     if not any(path.suffix == ".safetensors" for path in files):
-        raise ParamsError(f"model.base: {folder} has no weights (*.safetensors)")
+        raise ParamsError(f"{key}: {folder} has no weights (*.safetensors)")
     if not any(path.name == "config.json" for path in files):
-        raise ParamsError(f"model.base: {folder} has no config.json")
+        raise ParamsError(f"{key}: {folder} has no config.json")
     return [Link(path.name, path.resolve()) for path in files if not path.name.startswith(".")]
 
 

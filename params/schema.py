@@ -155,6 +155,25 @@ class SFTParams(Section):
 class RewardParams(Section):
     """Reward model on grouped answers."""
 
+    base: str = Field(
+        "",
+        description="Hub id or folder of another model or encoder, with a tokenizer of its own; empty: sft's",
+    )
+    revision: str = Field("main", description="Hub revision of `base`; a folder has none")
+    weigh: Literal["pair", "question"] = Field(
+        "pair", description="the loss is a mean over pairs, or over questions of the mean over their pairs"
+    )
+    margin: float = Field(
+        0, ge=0, description="lead asked of the better answer, score units per unit of the published score"
+    )
+    gap_weight: float = Field(0, ge=0, description="a pair weighs its score gap to this power")
+    label_smoothing: float = Field(0, ge=0, lt=1, description="share of labels that are taken to be wrong")
+    center_rewards_coefficient: float = Field(0, ge=0, description="pull of the scores towards mean 0")
+    length_offset: float = Field(
+        0, ge=0, description="share of what length alone tells that the model need not learn"
+    )
+    lora_rank: int = Field(0, ge=0, description="of an adapter, which is merged at the end; 0: all weights")
+    lora_alpha: Positive = Field(16, description="the adapter's outputs are multiplied by alpha / rank")
     optimizer: OptimizerName = Field("muon", description="muon: hidden matrices by Muon, the rest by AdamW")
     learning_rate: Positive = Field(1.5e-3, description="peak")
     epochs: Positive = Field(2.25, description="passes over the questions")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import string
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,17 +11,20 @@ from types import SimpleNamespace
 import pyarrow as pa
 import torch
 from pyarrow import parquet
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
 )
 
 from params.schema import Params
 from tasks.data.schema import SCHEMA
 from tasks.lm.loading import save_model, train_tokenizer
 from tasks.lm.prompt import document_text
+from tasks.lm.reward_model import RewardModel
 from tasks.run.layout import STAGES, Layout
 
 torch.set_num_threads(1)  # nothing here is large enough for two
@@ -83,6 +87,11 @@ def seq2seq(kind: str = "t5", seed: int = 0, **keys):
     """A random encoder-decoder in evaluation mode; T5's own start is far from uniform."""
     torch.manual_seed(seed)
     return AutoModelForSeq2SeqLM.from_config(config_of(kind, **keys)).eval()
+
+
+def reward_model(model) -> RewardModel:
+    """A scorer that reads the policy's tokens."""
+    return RewardModel(model, None, None, shares_tokens=True)
 
 
 def _loud(model):
@@ -150,6 +159,21 @@ def tokenizer():
     """A trained tokenizer of 330 tokens; do not change it."""
     rows = [question(n) for n in range(80)]
     return train_tokenizer((document_text(r["text"], a["text"]) for r in rows for a in r["answers"]), 330)
+
+
+@cache
+def encoder_tokenizer():
+    """Characters between [CLS] and [SEP], as BERT's; no eos. 104 tokens; do not change it."""
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    known = {word: i for i, word in enumerate([*special.values(), *string.printable])}
+    raw = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    raw.decoder = decoders.Fuse()
+    ends = [("[CLS]", known["[CLS]"]), ("[SEP]", known["[SEP]"])]
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **special)
 
 
 def params(**sections) -> Params:

@@ -29,20 +29,26 @@ def add_adapter(model: nn.Module, rank: int = 8, alpha: float = 16.0, config=Non
         ValueError: the base is quantised (a merge would not be exact), the model has an adapter already, or
             the configuration is of a prompt-learning method, whose virtual tokens no forest knows.
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import TaskType, get_peft_model
 
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"{type(model).__name__} is quantised; an adapter merges into plain weights only")
     if has_adapter(model):
         raise ValueError("the model has an adapter already; merge it first")
-    if config is None:
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
+    config = config or lora(rank, alpha)
     if config.is_prompt_learning:
         raise ValueError(f"peft_config: {type(config).__name__} adds virtual tokens, which no forest serves")
     config = deepcopy(config)  # peft writes into it
     has_head = any(isinstance(getattr(model, name, None), nn.Module) for name in HEADS)
     config.task_type = TaskType.SEQ_CLS if has_head else TaskType.CAUSAL_LM
     return get_peft_model(model, config)
+
+
+def lora(rank: int, alpha: float):
+    """The configuration of a LoRA adapter on all linear layers but the head."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -78,15 +78,15 @@ def load_causal(base: str | Path, revision: str = "main"):
     return _load(AutoModelForCausalLM, base, revision=revision)
 
 
-def load_reward(folder: str | Path):
-    """A sequence-classification model with one label, float32; a causal model gets a fresh score head.
+def load_reward(base: str | Path, revision: str = "main", key: str = "model.base"):
+    """A sequence-classification model with one label, float32; another model gets a fresh score head.
 
     Raises:
         ValueError: as :func:`load_causal`.
     """
     from transformers import AutoModelForSequenceClassification
 
-    return _load(AutoModelForSequenceClassification, folder, num_labels=1)
+    return _load(AutoModelForSequenceClassification, base, key, num_labels=1, revision=revision)
 
 
 def create_causal(config: dict, tokenizer):
@@ -122,17 +122,17 @@ def save_model(model, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _load(auto, base: str | Path, **keys):
+def _load(auto, base: str | Path, key: str = "model.base", **keys):
     import torch
     from safetensors import SafetensorError
 
     folder = Path(base)
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        raise ValueError(f"model.base: the folder {base} holds no *.safetensors weights")
+        raise ValueError(f"{key}: the folder {base} holds no *.safetensors weights")
     try:
         return auto.from_pretrained(str(base), dtype=torch.float32, use_safetensors=True, **keys)
     except (OSError, ValueError, KeyError, SafetensorError) as error:  # the last: a truncated file
-        raise ValueError(f"model.base: cannot load {base}: {_one_line(error)}") from error
+        raise ValueError(f"{key}: cannot load {base}: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -22,13 +22,15 @@ def document_text(question: str, answer: str) -> str:
 
 def encode_prompts(tokenizer, questions: Sequence[str]) -> list[list[int]]:
     """Token ids of the prompt of each question."""
-    return [_without_eos(ids, tokenizer) for ids in _encode(tokenizer, [prompt_text(q) for q in questions])]
+    return [
+        without_eos(ids, tokenizer) for ids in encode_texts(tokenizer, [prompt_text(q) for q in questions])
+    ]
 
 
 def encode_documents(tokenizer, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
     """Token ids of each (question, answer), eos at the end."""
     texts = [document_text(q, a) for q, a in pairs]
-    return [[*_without_eos(ids, tokenizer), tokenizer.eos_token_id] for ids in _encode(tokenizer, texts)]
+    return [[*without_eos(ids, tokenizer), tokenizer.eos_token_id] for ids in encode_texts(tokenizer, texts)]
 
 
 def response_of(prompt: Sequence[int], document: Sequence[int], where: str) -> list[int]:
@@ -44,14 +46,17 @@ def response_of(prompt: Sequence[int], document: Sequence[int], where: str) -> l
     return list(document[len(prompt) :])
 
 
-def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    # a post that writes `</s>` or `<s>` means these letters, not the token that ends a document
+def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, with what the tokenizer puts around one.
+
+    A post that writes `</s>` or `<s>` means these letters, not the token that ends a document.
+    """
     if not texts:
         return []
     kept = {"return_attention_mask": False, "return_token_type_ids": False}
     return tokenizer(texts, split_special_tokens=True, **kept)["input_ids"]
 
 
-def _without_eos(ids: list[int], tokenizer) -> list[int]:
-    # some tokenizers append eos themselves; bos may equal eos and stays
+def without_eos(ids: list[int], tokenizer) -> list[int]:
+    """The ids less the eos that some tokenizers append themselves; bos may equal eos and stays."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tasks.lm.forest import Forest, Segment, has_forest, plant, run_forest, serve_forest, unwrapped
+from tasks.lm.forest import (
+    Forest,
+    Segment,
+    first_position,
+    has_forest,
+    plant,
+    run_forest,
+    serve_forest,
+    unwrapped,
+)
 
 # Encoders whose heads read the first token of what this stack gives: packed. All others take padded rows.
 STACKS = {
@@ -27,6 +36,12 @@ def is_encoder(model) -> bool:
     """
     bare = unwrapped(model)
     return bare.config.is_encoder_decoder or not hasattr(bare, "score")
+
+
+def positions_of(model) -> int | None:
+    """Most tokens of a document that the model has places for; None: no bound."""
+    most = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    return most and most - first_position(model)
 
 
 def check_scorer(model) -> None:

@@ -12,8 +12,8 @@ from pyarrow import parquet
 from params.schema import Params
 from tasks.lm.forest import serve_forest
 from tasks.lm.generation import draw_uniforms, generate
-from tasks.lm.loading import load_causal, load_reward, load_tokenizer
-from tasks.lm.scoring import score_documents
+from tasks.lm.loading import load_causal, load_tokenizer
+from tasks.lm.reward_model import RewardModel
 from tasks.lm.sequences import lay_out, response_logprobs
 from tasks.policy_eval.card import (
     Answers,
@@ -57,8 +57,7 @@ def answer(
         temperature=params.ppo.temperature,
         rows=machine.decode_rows,
     ).lists()
-    documents = [[*p, *r] for p, r in zip(prompts, tokens, strict=True)]
-    scores = score_documents(reward_model, documents, machine.microbatch_rows).double().numpy()
+    scores = reward_model.score(prompts, tokens, machine.microbatch_rows).double().numpy()
     if not np.isfinite(scores).all():
         raise ValueError("policy_eval: artifacts/reward/model gives scores that are not finite")
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -110,7 +109,7 @@ def run(params: Params, layout: Layout) -> StageResult:
     device = use_device(params.machine.device, params.machine.threads)
     tokenizer = load_tokenizer(layout.artifact("sft", "model"))
     sft, ppo = (load_causal(layout.artifact(s, "model")).to(device).eval() for s in ("sft", "ppo"))
-    judge = load_reward(layout.artifact("reward", "model")).to(device)
+    judge = RewardModel.load(layout.artifact("reward", "model"), tokenizer, device)
     rows = held_out_prompts(layout, params.policy_eval.prompts)
     if not rows:
         raise ValueError("policy_eval: artifacts/pack/prompts/eval.parquet holds no prompt")

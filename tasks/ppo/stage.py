@@ -13,8 +13,8 @@ from torch import Tensor
 from params.schema import Params, PPOConfig
 from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.lm.generation import Responses
-from tasks.lm.loading import load_causal, load_reward, load_tokenizer
-from tasks.lm.scoring import score_documents
+from tasks.lm.loading import load_causal, load_tokenizer
+from tasks.lm.reward_model import RewardModel
 from tasks.ppo.trainer import PPOTrainer
 from tasks.run import checkpoint
 from tasks.run.curve import Curve, plot
@@ -43,7 +43,7 @@ HELD_OUT = ("held_out_score", "held_out_kl_nats")
 class Judge:
     """The reward model with everything that turns a response into the score PPO sees."""
 
-    model: torch.nn.Module
+    reward_model: RewardModel
     eos_id: int
     mean: float
     std: float
@@ -52,8 +52,7 @@ class Judge:
 
     def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
         """B prompts, B responses -> [B]: normalised score, less the penalty where eos is missing."""
-        documents = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
-        scores = (score_documents(self.model, documents, self.rows) - self.mean) / self.std
+        scores = (self.reward_model.score(prompts, responses, self.rows) - self.mean) / self.std
         open_ended = torch.tensor([r[-1] != self.eos_id for r in responses])
         return scores - self.missing_eos_penalty * open_ended
 
@@ -172,9 +171,8 @@ def prepare(params: Params, layout: Layout) -> tuple[Loop, object]:
     )
     scale = json.loads(layout.artifact("reward", "model", "scores.json").read_text())
     mean, std = (scale["mean"], max(scale["std"], 1e-6)) if params.ppo.normalize_scores else (0.0, 1.0)
-    reward_model = load_reward(layout.artifact("reward", "model")).to(device)
     judge = Judge(
-        reward_model,
+        RewardModel.load(layout.artifact("reward", "model"), tokenizer, device),
         tokenizer.eos_token_id,
         mean,
         std,

@@ -88,6 +88,18 @@ def collate(groups: Sequence[GroupedAnswers], weigh: str = "pair", is_causal: bo
     }
 
 
+def share_prompt(
+    documents: Sequence[Sequence[int]],
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """What documents have in common at their begin, short of the whole of any, and what follows it in each.
+
+    Example: [5, 6, 7], [5, 6] -> (5,), ((6, 7), (6,)).
+    """
+    most = max(0, min(map(len, documents)) - 1)
+    shared = next((i for i in range(most) if len({d[i] for d in documents}) > 1), most)
+    return tuple(documents[0][:shared]), tuple(tuple(d[shared:]) for d in documents)
+
+
 def cut(group: GroupedAnswers, most: int, keep_last: bool) -> GroupedAnswers:
     """Responses cut so that no document has more than `most` tokens.
 

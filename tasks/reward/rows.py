@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tasks.reward.records import NOTHING, GroupedAnswers, check, cut
+from tasks.reward.records import NOTHING, GroupedAnswers, check, cut, share_prompt
 
 FORMS = "{[prompt,] chosen, rejected}, {chosen_ids, rejected_ids} or {prompt, response, label}"
 _log = logging.getLogger(__name__)
@@ -74,9 +74,9 @@ def read_row(row: Mapping[str, Any], tokenizer) -> GroupedAnswers:
     keys = row.keys()
     weights, gaps = (() if row.get(key) is None else (float(row[key]),) for key in ("weight", "margin"))
     if {"chosen_ids", "rejected_ids"} <= keys:
-        chosen, rejected = tuple(row["chosen_ids"]), tuple(row["rejected_ids"])
+        documents = [tuple(row["chosen_ids"]), tuple(row["rejected_ids"])]
     elif {"chosen", "rejected"} <= keys:
-        chosen, rejected = (_document(row, side, tokenizer) for side in ("chosen", "rejected"))
+        documents = [_document(row, side, tokenizer) for side in ("chosen", "rejected")]
     elif {"prompt", "response", "label"} <= keys:
         if row["label"] not in (0, 1):  # False and True too, NaN not
             raise ValueError(f"label {row['label']!r}: 0 or 1 is wanted")
@@ -84,8 +84,7 @@ def read_row(row: Mapping[str, Any], tokenizer) -> GroupedAnswers:
         return GroupedAnswers((), (_document(row, "response", tokenizer),), (pair,), weights, gaps)
     else:
         raise ValueError(f"it has {sorted(keys)}; {FORMS} is wanted")
-    shared = _shared(chosen, rejected)
-    return GroupedAnswers(chosen[:shared], (chosen[shared:], rejected[shared:]), ((0, 1),), weights, gaps)
+    return GroupedAnswers(*share_prompt(documents), ((0, 1),), weights, gaps)
 
 
 def _document(row: Mapping[str, Any], side: str, tokenizer) -> tuple[int, ...]:
@@ -109,9 +108,3 @@ def _document(row: Mapping[str, Any], side: str, tokenizer) -> tuple[int, ...]:
     ids = tokenizer(whole)["input_ids"]
     eos = tokenizer.eos_token_id
     return tuple(ids if eos is None or ids[-1:] == [eos] else [*ids, eos])
-
-
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens that two documents have in common at their begin, short of the whole of either."""
-    most = max(0, min(len(first), len(second)) - 1)
-    return next((i for i in range(most) if first[i] != second[i]), most)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 
 from pyarrow import parquet
 
 from params.schema import Params
-from tasks.lm.loading import fit_embeddings, load_reward, load_tokenizer, save_model
+from tasks.lm.adapters import lora
+from tasks.lm.loading import load_tokenizer, save_model
+from tasks.lm.reward_model import RewardModel
 from tasks.reward.config import RewardConfig
-from tasks.reward.records import GroupedAnswers
+from tasks.reward.records import GroupedAnswers, share_prompt
 from tasks.reward.trainer import RewardTrainer
 from tasks.run.arguments import training_arguments
 from tasks.run.curve import Curve, plot
@@ -20,39 +23,65 @@ from tasks.run.layout import Layout, StageResult
 from tasks.run.tracking import log_artifact
 
 SCORES = "scores.json"
+_log = logging.getLogger(__name__)
 
 
-def read_groups(layout: Layout) -> tuple[list[GroupedAnswers], list[GroupedAnswers]]:
-    """Training groups and validation groups; without validation groups the training groups serve for both."""
-    columns = ["prompt", "answers", "pairs", "is_validation"]
-    found = {False: [], True: []}
-    for row in parquet.read_table(
-        layout.artifact("pack", "groups", "reward.parquet"), columns=columns
-    ).to_pylist():
-        responses = tuple(tuple(a["tokens"]) for a in row["answers"])
-        group = GroupedAnswers(tuple(row["prompt"]), responses, tuple(tuple(p) for p in row["pairs"]))
-        found[row["is_validation"]].append(group)
+def read_groups(
+    layout: Layout, reward_model: RewardModel
+) -> tuple[list[GroupedAnswers], list[GroupedAnswers]]:
+    """Training groups and validation groups; without validation groups the training groups serve for both.
+
+    Pairs that are the same to a model with tokens of its own (all lower case; cut) are left out.
+    """
+    columns = ["site", "question_id", "prompt", "answers", "pairs", "weights", "is_validation"]
+    path = layout.artifact("pack", "groups", "reward.parquet")
+    found, pairs = {False: [], True: []}, 0
+    for row in parquet.read_table(path, columns=columns).to_pylist():
+        group = group_of(row, reward_model)
+        pairs += len(row["pairs"]) - len(group.pairs)
+        if group.pairs:
+            found[row["is_validation"]].append(group)
+    if pairs:
+        _log.warning("%d pairs are left out: reward.base reads the same in both answers", pairs)
     return found[False], found[True] or found[False]
+
+
+def group_of(row: dict, reward_model: RewardModel) -> GroupedAnswers:
+    """A row of `pack/groups` in the tokens that the model reads."""
+    prompt, answers = tuple(row["prompt"]), row["answers"]
+    responses = tuple(tuple(a["tokens"]) for a in answers)
+    if not reward_model.shares_tokens:
+        prompt, responses = share_prompt(reward_model.documents([prompt] * len(answers), responses))
+    kept = [i for i, (better, worse) in enumerate(row["pairs"]) if responses[better] != responses[worse]]
+    pairs = [row["pairs"][i] for i in kept]
+    return GroupedAnswers(
+        prompt,
+        responses,
+        pairs=tuple((better, worse) for better, worse in pairs),
+        weights=tuple(row["weights"][i] for i in kept),
+        gaps=tuple(float(answers[b]["score"] - answers[w]["score"]) for b, w in pairs),
+        name=f"{row['site']}/{row['question_id']}",
+    )
 
 
 def run(params: Params, layout: Layout) -> StageResult:
     """The stage.
 
     Raises:
-        ValueError: no training group; a tokenizer whose pad token is its eos token.
+        ValueError: no training group; no model or tokenizer; a merge that changes scores.
     """
     reward, machine = params.reward, params.machine
     device = use_device(machine.device, machine.threads)
     seed = derive_seed(params.seed, "reward", "train")
     seed_everything(seed)
     source = layout.artifact("sft", "model")
-    tokenizer = load_tokenizer(source)
-    model = load_reward(source)
-    fit_embeddings(model, tokenizer)
-    train, held = read_groups(layout)
+    policy_tokenizer = load_tokenizer(source)
+    named = {"revision": reward.revision, "key": "reward.base"} if reward.base else {}
+    reward_model = RewardModel.load(reward.base or source, policy_tokenizer, **named)
+    train, held = read_groups(layout, reward_model)
     if not train:
         raise ValueError("reward: artifacts/pack/groups/reward.parquet holds no training question")
-    given = reward.model_dump(exclude={"batch_questions"})
+    given = reward.model_dump(exclude={"batch_questions", "base", "revision", "lora_rank", "lora_alpha"})
     arguments = training_arguments(
         layout.scratch("reward"),
         examples=len(train),
@@ -65,12 +94,14 @@ def run(params: Params, layout: Layout) -> StageResult:
     )
     looks = {"eval_strategy": "steps", "eval_steps": max(1, arguments["max_steps"] // 10)}
     config = RewardConfig(**arguments, **looks)
-    trainer = RewardTrainer(model, config, train, eval_dataset=held, processing_class=tokenizer)
+    adapter = lora(reward.lora_rank, reward.lora_alpha) if reward.lora_rank else None
+    model, tokenizer = reward_model.model, reward_model.tokenizer
+    trainer = RewardTrainer(model, config, train, held, processing_class=tokenizer, peft_config=adapter)
     follow(trainer, "reward")
     trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
     metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
     with staged(layout.artifact("reward", "model")) as folder:
-        save_model(model, tokenizer, folder)
+        save_model(trainer.merged() if adapter else model, tokenizer, folder)
         scores = {"mean": metrics["score_mean"], "std": metrics["score_std"]}
         (folder / SCORES).write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n")
     curve = Curve.of_log(trainer.state.log_history, ("eval_loss", "eval_accuracy"), ("loss", "accuracy"))

@@ -14,11 +14,11 @@ from transformers import EvalPrediction, Trainer, set_seed
 
 from tasks.lm.adapters import add_adapter, merge_checked
 from tasks.lm.dropout import disable_dropout
-from tasks.lm.forest import first_position, serve_forest, unwrapped
+from tasks.lm.forest import serve_forest, unwrapped
 from tasks.lm.loading import fit_embeddings, give_pad, load_reward, load_tokenizer
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
-from tasks.lm.scoring import check_scorer, forest_scores, is_encoder
+from tasks.lm.scoring import check_scorer, forest_scores, is_encoder, positions_of
 from tasks.reward.config import RewardConfig
 from tasks.reward.losses import gap_weights, length_rule, pair_loss
 from tasks.reward.records import GroupedAnswers, collate
@@ -72,7 +72,7 @@ class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         self.read = Reader(
             tokenizer=processing_class,
             vocabulary=model.get_input_embeddings().num_embeddings,
-            positions=_positions(model),
+            positions=positions_of(model),
             is_causal=is_causal,
             max_length=args.max_length,
             uses_gaps=bool(args.margin or args.gap_weight),
@@ -208,11 +208,6 @@ def _fit_special_tokens(model, tokenizer) -> None:
             f"{type(bare).__name__}: pad_token_id is {pad}, eos_token_id {eos}; transformers reads the score "
             "at the last token that is not pad, so give processing_class, or set another pad_token_id"
         )
-
-
-def _positions(model) -> int | None:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return most and most - first_position(model)
 
 
 def _weighted_by_gap(groups: Sequence[GroupedAnswers], power: float) -> list[GroupedAnswers]:

@@ -9,8 +9,8 @@ import numpy as np
 from pyarrow import parquet
 
 from params.schema import Params
-from tasks.lm.loading import load_reward
-from tasks.lm.scoring import score_documents
+from tasks.lm.loading import load_tokenizer
+from tasks.lm.reward_model import RewardModel
 from tasks.reward_eval.calibration import draw_reliability
 from tasks.reward_eval.card import report, summary
 from tasks.reward_eval.page import PICTURE, render
@@ -34,15 +34,15 @@ def held_out_groups(path: Path) -> list[dict]:
     return sorted(groups, key=name_of)
 
 
-def score_answers(model, groups: Sequence[dict], rows: int) -> np.ndarray:
+def score_answers(model: RewardModel, groups: Sequence[dict], rows: int) -> np.ndarray:
     """The reward model's scores of all answers of all groups, [A] float64; `rows` documents in one forward.
 
     Raises:
         ValueError: a score that is not finite (names the question).
     """
-    documents = [g["prompt"] + a["tokens"] for g in groups for a in g["answers"]]
-    scores = score_documents(model, documents, rows).double().numpy()
     owners = [group for group in groups for _ in group["answers"]]
+    responses = [answer["tokens"] for group in groups for answer in group["answers"]]
+    scores = model.score([group["prompt"] for group in owners], responses, rows).double().numpy()
     for place in np.flatnonzero(~np.isfinite(scores))[:1]:
         raise ValueError(
             "reward_eval: artifacts/reward/model gives a score that is not finite to an answer to "
@@ -60,7 +60,8 @@ def run(params: Params, layout: Layout) -> StageResult:
     device = use_device(params.machine.device, params.machine.threads)
     groups = held_out_groups(layout.artifact("pack", "groups", "eval.parquet"))
     rule = fit_rule(*training_differences(layout.artifact("pack", "groups", "reward.parquet")))
-    model = load_reward(layout.artifact("reward", "model")).to(device)
+    tokenizer = load_tokenizer(layout.artifact("pack", "tokenizer"))
+    model = RewardModel.load(layout.artifact("reward", "model"), tokenizer, device)
     held = lay_out(groups, score_answers(model, groups, params.machine.microbatch_rows))
     seed = derive_seed(params.seed, "reward_eval", "bootstrap")
     card = report(held, groups, rule, params.reward_eval, seed)

@@ -12,9 +12,9 @@ from params.schema import Params
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A repository's folder, with the two folders of links and their .gitignore."""
+    """A repository's folder, with the folders of links and their .gitignore."""
     root = tmp_path / "project"
-    for folder in ("data/raw", "data/base"):
+    for folder in ("data/raw", "data/base", "data/reward_base"):
         (root / folder).mkdir(parents=True)
         (root / folder / ".gitignore").write_text("*\n")
     (root / "dvc.yaml").write_text("stages: {}\n")
@@ -137,15 +137,23 @@ def test_earlier_links_go_and_own_files_stay(project, dumps, model):
     assert links("data/base") == {}
 
 
-def test_base_model_from_a_folder(project, model):
-    assert main(["use", "sample", f"model.base={model}"]) == 0
-    assert read().model.base == "data/base"
+@pytest.mark.parametrize(("section", "folder"), [("model", "data/base"), ("reward", "data/reward_base")])
+def test_base_model_from_a_folder(project, model, section, folder):
+    assert main(["use", "sample", f"{section}.base={model}"]) == 0
+    assert getattr(read(), section).base == folder
     wanted = ("config.json", "model.safetensors", "tokenizer.json")  # no pickles, no code
-    assert links("data/base") == {name: str(model / name) for name in wanted}
-    assert main(["use", "sample", "model.base=data/base", "seed=3"]) == 0
-    assert links("data/base") == {name: str(model / name) for name in wanted}
-    assert main(["use", "sample", "model.base=org/name"]) == 0
-    assert (read().model.base, links("data/base")) == ("org/name", {})
+    assert links(folder) == {name: str(model / name) for name in wanted}
+    assert main(["use", "sample", f"{section}.base={folder}", "seed=3"]) == 0
+    assert links(folder) == {name: str(model / name) for name in wanted}
+    assert main(["use", "sample", f"{section}.base=org/name"]) == 0
+    assert (getattr(read(), section).base, links(folder)) == ("org/name", {})
+
+
+def test_two_base_models(project, model):
+    assert main(["use", "sample", f"model.base={model}", f"reward.base={model}"]) == 0
+    assert links("data/base") == links("data/reward_base") != {}
+    (model / "model.safetensors").unlink()
+    assert main(["use", "sample", "model.base=org/name", "reward.base=org/name"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -169,6 +177,8 @@ def test_base_model_from_a_folder(project, model):
         (["use", "sample", "model.base=./gone"], "model.base: folder ./gone does not exist"),
         (["use", "sample", "model.base=data"], "model.base: data has no weights (*.safetensors)"),
         (["use", "sample", "model.base=bare"], "model.base: bare has no config.json"),
+        (["use", "sample", "reward.base=./gone"], "reward.base: folder ./gone does not exist"),
+        (["use", "sample", "reward.base=bare"], "reward.base: bare has no config.json"),
         (["use", "sample", "data.source=x/Posts.xml,y/x/Posts.xml"], "would both be data/raw/x.Posts.xml"),
         (["use", "sample", "data.source=other/taken.7z"], "data/raw/taken.7z is a file of your own"),
     ],
@@ -206,6 +216,11 @@ def test_check_looks_at_the_files(project, dumps, model, capsys):
     (model / "model.safetensors").unlink()
     assert main(["check"]) == 1
     assert "model.base: data/base has no weights" in capsys.readouterr().err
+    (model / "model.safetensors").write_text("back")
+    assert main(["use", "sample", f"reward.base={model}"]) == 0
+    (model / "model.safetensors").unlink()
+    assert main(["check"]) == 1
+    assert "reward.base: data/reward_base has no weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "os.replace"])

@@ -117,7 +117,8 @@ def test_no_prompt_is_named(upstream, tmp_path):
 def test_answers_belong_to_their_prompts(upstream):
     """K samples of one prompt stand side by side, texts and scores with them; greedy is one and the same."""
     model = load_causal(upstream.artifact("sft", "model"))
-    judge = tiny.scorer(seed=1, vocab_size=len(tiny.tokenizer()))
+    scorer = tiny.scorer(seed=1, vocab_size=len(tiny.tokenizer()))
+    judge = tiny.reward_model(scorer)
     rows, params = held_out_prompts(upstream, 4), tiny.params()
     found = answer(model, judge, tiny.tokenizer(), rows, params, 3, seed=5)
     assert found.scores.shape == (4, 3) and [len(t) for t in found.tokens] == [3] * 4
@@ -125,7 +126,7 @@ def test_answers_belong_to_their_prompts(upstream):
         for response, text, score in zip(tokens, texts, scores, strict=True):
             assert text == tiny.tokenizer().decode(response, skip_special_tokens=True)
             with torch.no_grad():
-                wanted = judge(torch.tensor([[*row["prompt"], *response]])).logits.item()
+                wanted = scorer(torch.tensor([[*row["prompt"], *response]])).logits.item()
             assert score == pytest.approx(wanted, rel=1e-4, abs=1e-4)
     again = answer(model, judge, tiny.tokenizer(), rows, params, 3, seed=5)
     assert again.tokens == found.tokens
@@ -152,7 +153,7 @@ def test_kl_by_the_definition(upstream):
 
 def test_scores_that_are_not_finite_are_an_error(upstream):
     model = load_causal(upstream.artifact("sft", "model"))
-    judge = tiny.scorer(vocab_size=len(tiny.tokenizer()))
-    torch.nn.init.constant_(judge.score.weight, torch.nan)
+    judge = tiny.reward_model(tiny.scorer(vocab_size=len(tiny.tokenizer())))
+    torch.nn.init.constant_(judge.model.score.weight, torch.nan)
     with pytest.raises(ValueError, match="scores that are not finite"):
         answer(model, judge, tiny.tokenizer(), held_out_prompts(upstream, 2), tiny.params(), 1, None)

@@ -92,7 +92,7 @@ def test_the_judge_by_hand():
     model = tiny.scorer()
     prompts, responses = tiny.drawn((3, 5, 2)), [[7, 8], [9, tiny.EOS], [tiny.EOS]]
     raw = score_documents(model, [[*p, *r] for p, r in zip(prompts, responses, strict=True)], 8)
-    found = Judge(model, tiny.EOS, 0.5, 2.0, 0.75, 2)(prompts, responses)
+    found = Judge(tiny.reward_model(model), tiny.EOS, 0.5, 2.0, 0.75, 2)(prompts, responses)
     assert tiny.far(found, (raw - 0.5) / 2 - torch.tensor([0.75, 0, 0])) < 1e-5
 
 

@@ -6,7 +6,6 @@ from functools import cache
 
 import tiny
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer
@@ -21,19 +20,6 @@ def chat_tokenizer():
         tokenizer_object=tiny.tokenizer().backend_tokenizer, pad_token="<|pad|>", eos_token="<|eos|>",
         chat_template=CHAT,
     )  # fmt: skip
-
-
-@cache
-def encoder_tokenizer():
-    """Single letters between [CLS] and [SEP], as BERT's; no eos."""
-    words = {w: i for i, w in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz"])}
-    raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    raw.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=raw, **special)
 
 
 class Killed(BaseException):

@@ -11,7 +11,6 @@ from made_rewards import (
     FirstGradients,
     KillAt,
     Killed,
-    encoder_tokenizer,
     groups,
     padded_loss,
     padded_scores,
@@ -172,7 +171,7 @@ def test_an_encoder_is_plain_transformers(tmp_path, kind):
 
 def test_an_encoder_from_texts_to_a_plain_folder(tmp_path):
     """Scores are those of `tokenizer(prompt + answer)` through plain transformers; also after a merge."""
-    tiny.save(tiny.scorer("bert"), tmp_path / "base", encoder_tokenizer())
+    tiny.save(tiny.scorer("bert", vocab_size=104), tmp_path / "base", tiny.encoder_tokenizer())
     for name, peft in (("full", None), ("adapter", LoraConfig(**LORA))):
         made = trainer(
             tmp_path / "run",

@@ -10,9 +10,10 @@ import tiny
 import torch
 from made_rewards import FirstGradients, KillAt, Killed, groups, padded_loss, padded_scores, trainer
 from pyarrow import parquet
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tasks import pack
+from tasks import pack, ppo, reward_eval
+from tasks.lm.reward_model import RewardModel
 from tasks.reward import collate, run
 from tasks.reward.stage import read_groups
 
@@ -125,13 +126,18 @@ def copied(packed, root):
 
 
 def test_groups_are_read_as_packed(packed):
-    train, held = read_groups(packed)
+    train, held = read_groups(packed, tiny.reward_model(None))
     table = parquet.read_table(packed.artifact("pack", "groups", "reward.parquet")).to_pylist()
     assert held and len(train) + len(held) == len(table)
     assert [list(g.prompt) for g in held] == [r["prompt"] for r in table if r["is_validation"]]
     first = next(r for r in table if not r["is_validation"])
     assert [list(r) for r in train[0].responses] == [a["tokens"] for a in first["answers"]]
     assert [list(p) for p in train[0].pairs] == first["pairs"]
+    assert train[0].name == f"s.example/{first['question_id']}"
+    assert list(train[0].weights) == first["weights"] == [1.0] * len(first["pairs"])
+    scores = [a["score"] for a in first["answers"]]
+    assert list(train[0].gaps) == [scores[b] - scores[w] for b, w in first["pairs"]]
+    assert min(train[0].gaps) > 0 and len(set(train[0].gaps)) > 1
 
 
 def test_the_stage(packed, tmp_path):
@@ -146,7 +152,7 @@ def test_the_stage(packed, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["pad_token_id"] == 0 != config["eos_token_id"] and "forest" not in json.dumps(config)
     plain = AutoModelForSequenceClassification.from_pretrained(folder)
-    train, held = read_groups(layouts[0])
+    train, held = read_groups(layouts[0], tiny.reward_model(None))
     with torch.no_grad():
         scores = torch.cat(padded_scores(plain, held))
         assert found[0]["loss"] == pytest.approx(padded_loss(plain, held).item(), rel=1e-4)
@@ -166,3 +172,70 @@ def test_microbatch_tokens_do_not_change_the_batch(packed, tmp_path):
         found[most] = run(tiny.params(machine={"microbatch_tokens": most}), layout).metrics
     assert found[100]["steps"] == found[4096]["steps"]
     assert found[100]["loss"] == pytest.approx(found[4096]["loss"], rel=1e-3)
+
+
+def test_the_settings_reach_the_loss(packed, tmp_path):
+    """Each of them gives another model."""
+    settings = [
+        {}, {"weigh": "question"}, {"margin": 0.5}, {"gap_weight": 1}, {"label_smoothing": 0.3},
+        {"center_rewards_coefficient": 0.5}, {"length_offset": 1}, {"lora_rank": 2},
+        {"lora_rank": 2, "lora_alpha": 64},
+    ]  # fmt: skip
+    found = set()
+    for i, setting in enumerate(settings):
+        layout = copied(packed, tmp_path / f"{i}")
+        metrics = run(tiny.params(reward={"optimizer": "adamw", **setting}), layout).metrics
+        assert set(metrics) == {"steps", "epoch", "loss", "accuracy", "score_mean", "score_std"}
+        found.add(tiny.digests(layout.artifact("reward", "model"))["model.safetensors"])
+    assert len(found) == len(settings)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_an_encoder_from_training_to_ppo(packed, tmp_path, lora_rank):
+    """Its own tokenizer, its own texts; all that scores with it reads what it was trained on."""
+    layout = copied(packed, tmp_path / "run")
+    model = tiny.scorer("bert", vocab_size=104, max_position_embeddings=256)
+    base = str(tiny.save(model, tmp_path / "base", tiny.encoder_tokenizer()))
+    settings = {"base": base, "lora_rank": lora_rank, "learning_rate": 1e-3, "epochs": 3}
+    params = tiny.params(reward=settings)
+    metrics = run(params, layout).metrics
+    folder = layout.artifact("reward", "model")
+    plain = AutoModelForSequenceClassification.from_pretrained(folder)
+    own = AutoTokenizer.from_pretrained(folder)
+    table = parquet.read_table(packed.artifact("pack", "groups", "reward.parquet")).to_pylist()
+    right = []
+    for row in (row for row in table if row["is_validation"]):
+        documents = [row["prompt"] + a["tokens"] for a in row["answers"]]
+        texts = tiny.tokenizer().batch_decode(documents, skip_special_tokens=True)
+        assert texts[0].startswith(f"Question: {row['question']}\n\nAnswer: ")
+        with torch.no_grad():
+            scores = plain(**own(texts, padding=True, return_tensors="pt")).logits[:, 0]
+        right += [(scores[b] > scores[w]).item() for b, w in row["pairs"]]
+    assert metrics["accuracy"] == pytest.approx(sum(right) / len(right))
+    reward_eval.run(params, layout)
+    card = json.loads(layout.artifact("reward_eval", "card.json").read_text())
+    assert 0 < card["rules"]["reward_model"]["accuracy"] <= 1
+    loop, _ = ppo.stage.prepare(params, layout)
+    assert not loop.judge.reward_model.shares_tokens
+    stats, _ = loop.update()
+    assert math.isfinite(stats["ppo/mean_scores"])
+
+
+def test_pairs_that_an_encoder_cannot_tell_apart_are_left_out(packed, tmp_path, caplog):
+    """Its positions end within the question, mostly."""
+    model = tiny.scorer("bert", vocab_size=104, max_position_embeddings=56)
+    tiny.save(model, tmp_path, tiny.encoder_tokenizer())
+    found = read_groups(packed, RewardModel.load(tmp_path, tiny.tokenizer()))
+    kept = sum(len(g.pairs) for some in found for g in some)
+    every = sum(len(g.pairs) for some in read_groups(packed, tiny.reward_model(None)) for g in some)
+    assert 0 < kept < every
+    assert f"{every - kept} pairs are left out: reward.base reads the same in both answers" in caplog.text
+    for group in found[0]:
+        assert len(group.weights) == len(group.gaps) == len(group.pairs) > 0
+        assert all(group.responses[b] != group.responses[w] for b, w in group.pairs)
+        assert all(len(group.prompt) + len(r) <= 56 for r in group.responses)
+
+
+def test_a_base_that_is_none_names_its_key(packed, tmp_path):
+    with pytest.raises(ValueError, match=r"^reward\.base: no tokenizer in "):
+        run(tiny.params(reward={"base": str(tmp_path / "none")}), copied(packed, tmp_path / "run"))

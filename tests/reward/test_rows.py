@@ -8,7 +8,7 @@ import math
 import pytest
 import tiny
 from datasets import Dataset
-from made_rewards import chat_tokenizer, encoder_tokenizer
+from made_rewards import chat_tokenizer
 
 from tasks.reward import NOTHING, GroupedAnswers
 from tasks.reward.rows import Reader, read_row
@@ -85,8 +85,10 @@ def test_an_empty_answer_is_an_answer():
 
 
 def test_an_encoder_closes_its_documents_itself():
-    group = read_row({"prompt": "ab", "chosen": "c", "rejected": "d"}, encoder_tokenizer())
-    assert whole(group) == [[1, 4, 5, 6, 2], [1, 4, 5, 7, 2]]
+    known = tiny.encoder_tokenizer()
+    group = read_row({"prompt": "ab", "chosen": "c", "rejected": "d"}, known)
+    letters = known.convert_tokens_to_ids
+    assert whole(group) == [letters(["[CLS]", *"ab", c, "[SEP]"]) for c in "cd"]
 
 
 PAIR = {"prompt": "1 + 2 =", "chosen": " 3", "rejected": " 4"}

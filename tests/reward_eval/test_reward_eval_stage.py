@@ -12,6 +12,7 @@ import torch
 from pyarrow import parquet
 
 from tasks import pack
+from tasks.lm.loading import load_tokenizer
 from tasks.pack.records import GROUPS
 from tasks.reward_eval import run, stage
 
@@ -21,19 +22,26 @@ def packed(tmp_path_factory):
     """Packed data and a reward model that knows nothing."""
     layout = tiny.project(tmp_path_factory.mktemp("reward_eval"), tiny.splits())
     pack.run(tiny.params(), layout)
-    tiny.save(tiny.scorer(vocab_size=len(tiny.tokenizer())), layout.artifact("reward", "model"))
+    save(tiny.scorer(vocab_size=len(tiny.tokenizer())), layout)
     return layout
+
+
+def save(model, layout):
+    """A reward model with pack's tokenizer."""
+    known = load_tokenizer(layout.artifact("pack", "tokenizer"))
+    tiny.save(model, layout.artifact("reward", "model"), known)
 
 
 def copied(packed, folder, model=None):
     """The same project again, with groups of its own to change, and with another model if one is given."""
     layout = tiny.project(folder)
-    shutil.copytree(packed.artifact("pack", "groups"), layout.artifact("pack", "groups"))
+    for part in ("groups", "tokenizer"):
+        shutil.copytree(packed.artifact("pack", part), layout.artifact("pack", part))
     if model is None:
         layout.artifact("reward").mkdir()
         layout.artifact("reward", "model").symlink_to(packed.artifact("reward", "model"))
     else:
-        tiny.save(model, layout.artifact("reward", "model"))
+        save(model, layout)
     return layout
 
 
@@ -160,12 +168,12 @@ def test_a_score_that_is_not_finite_names_the_question(packed, tmp_path, monkeyp
     groups = stage.held_out_groups(layout.artifact("pack", "groups", "eval.parquet"))
     first = sum(len(group["answers"]) for group in groups[:2])
 
-    def broken(model, documents, rows):
-        scores = torch.zeros(len(documents))
+    def broken(model, prompts, responses, rows):
+        scores = torch.zeros(len(responses))
         scores[first], scores[first + 5] = torch.inf, torch.nan
         return scores
 
-    monkeypatch.setattr(stage, "score_documents", broken)
+    monkeypatch.setattr(stage.RewardModel, "score", broken)
     with pytest.raises(
         ValueError, match=rf"not finite to an answer to s\.example/{groups[2]['question_id']}$"
     ):

@@ -1,0 +1,87 @@
+"""A reward model as a policy's stages meet it: prompts and responses in the policy's tokens -> scores.
+
+It may speak another language than the policy: an encoder, or a decoder with a tokenizer of its own. Here, and
+nowhere else, is decided what it reads: the same token ids where the vocabularies are one, else the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tasks.lm.loading import fit_embeddings, load_reward, load_tokenizer
+from tasks.lm.prompt import encode_texts, without_eos
+from tasks.lm.scoring import is_encoder, positions_of, score_documents
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModel:
+    """`RewardModel.load(folder, policy_tokenizer).score(prompts, responses, rows=64)`."""
+
+    model: Any
+    tokenizer: Any  # its own
+    policy_tokenizer: Any
+    shares_tokens: bool  # it reads the policy's token ids as they are
+
+    @classmethod
+    def load(
+        cls,
+        base: str | Path,
+        policy_tokenizer: Any,
+        device: torch.device | str = "cpu",
+        revision: str = "main",
+        key: str = "artifacts/reward/model",
+    ) -> RewardModel:
+        """From a folder or the Hub.
+
+        Args:
+            base: folder or Hub id; holds model and tokenizer.
+            policy_tokenizer: of the policy whose tokens will be scored.
+            device: the model's.
+            revision: on the Hub.
+            key: names `base` in messages.
+
+        Raises:
+            ValueError: model or tokenizer cannot be loaded, or a decoder's tokenizer has no eos.
+        """
+        tokenizer = load_tokenizer(base, revision, key, needs_eos=False)
+        model = load_reward(base, revision, key)
+        if tokenizer.eos_token_id is None and not is_encoder(model):
+            raise ValueError(f"{key}: the tokenizer of {base} has no eos token")
+        fit_embeddings(model, tokenizer)
+        is_same = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+        is_same = is_same and tokenizer.eos_token_id == policy_tokenizer.eos_token_id
+        shares_tokens = is_same and not is_encoder(model)
+        return cls(model.to(device), tokenizer, policy_tokenizer, shares_tokens)
+
+    def documents(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[list[int]]:
+        """Prompt and response in the tokens that the model reads. B, B lists of the policy's -> B lists.
+
+        A text is decoded whole and tokenised whole. It ends with eos where the response did; an encoder
+        closes every document itself. What its positions do not hold is cut, but not that closing token.
+        """
+        whole = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+        if self.shares_tokens:
+            return whole
+        clean = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        found = encode_texts(self.tokenizer, self.policy_tokenizer.batch_decode(whole, **clean))
+        most = positions_of(self.model)
+        if is_encoder(self.model):
+            return [ids if most is None or len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in found]
+        eos = self.policy_tokenizer.eos_token_id
+        ends = [[self.tokenizer.eos_token_id] if ids[-1] == eos else [] for ids in whole]
+        closed = ([*without_eos(ids, self.tokenizer), *end] for ids, end in zip(found, ends, strict=True))
+        return [ids[:most] for ids in closed]
+
+    def score(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], rows: int
+    ) -> Tensor:
+        """Scores of responses, at most `rows` in one forward. B, B lists -> [B] on the CPU."""
+        return score_documents(self.model, self.documents(prompts, responses), rows)
