@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 import time
@@ -47,7 +48,7 @@ from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer, pair_loss
 from tasks.reward.losses import gap_weights
 from tasks.reward_eval.measures import credits_of, interval, is_meta, margins_of
 from tasks.reward_eval.pairs import HeldOut, lay_out
-from tasks.reward_eval.rules import LogisticRule, fit_rule, sigmoid
+from tasks.reward_eval.rules import LogisticRule, fit_logistic, fit_rule, sigmoid
 from tasks.run.devices import seed_everything
 from tasks.run.layout import Layout
 
@@ -60,6 +61,18 @@ DOCUMENT = {"stories260K": 448, "scratch": 288}  # tokens of question and answer
 SMALL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512}  # fmt: skip
 SEEDS, FOLDS, SAMPLES = (0, 1, 2), 5, 2000
+STYLE_RIDGE = 300.0
+WORD, SENTENCE = re.compile(r"\w+"), re.compile(r"(?<=[.!?])\s+|\n+")
+SLOPPY = re.compile(r"\bi\b|\bi'm\b|\bim\b|\bdont\b|\bcant\b|\bu\b|\bplz\b")
+SPACED = re.compile(r" ,|,[A-Za-z]|\s\.")
+COUNTED = [re.compile(pattern, re.MULTILINE) for pattern in (
+    r"\d", r"\*\*", r"^\s*([-*+]|\d+\.) ", r"^#+ |^=+$|^-+$", r"^>", r"\$", r"!!|\?\?|\.\.\.",
+    r"\?")]  # fmt: skip
+ASIDES = [re.compile(pattern) for pattern in (
+    r"other answer|above|already (been )?(said|mention)|\+1|agree with|as .{1,30} (said|mention|point)",
+    r"comment|reputation|low rep", r"\b(i have|i had|i am having|same (problem|issue|question))\b",
+    r"\b(source|reference|paper|according to|wikipedia|study|book)\b", r"\b(edit|update)\b *:")]  # fmt: skip
+REASONS = ("however", "because", "therefore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +85,7 @@ class How:
     margin: float = 0.0  # asked for each step of the score gap
     smoothing: float = 0.0
     centering: float = 0.0
-    offset: str = ""  # length, rule: what these know is given in training (product of experts)
+    offset: str = ""  # length, rule, style: what these know is given in training (product of experts)
     adds: bool = True  # and is added to the scores
 
 
@@ -81,13 +94,13 @@ class Job:
     """One training: `Job("encoder", "eval", 0)`."""
 
     model: str  # frozen, encoder, stories260K or scratch
-    held: str  # eval, fold-<n> or a site
+    held: str  # eval, fold-<n>, all-<n> or a site
     seed: int
     how: How = How()
-    epochs: int = 2
+    epochs: int = 1
     questions: int = 16  # of one step
     learning_rate: float = 1e-4
-    ridge: float = 3000.0  # of the frozen encoder's head
+    ridge: float = 10000.0  # of the frozen encoder's head
 
     @property
     def variant(self) -> str:
@@ -101,16 +114,14 @@ class Job:
         return "/".join([self.model, self.held, str(self.seed), self.variant.partition(" ")[2]])
 
 
-CHOSEN = How(offset="rule", weigh="question", smoothing=0.1)
+CHOSEN = How(offset="style")
 TRIED = [  # one change each
-    How(offset="rule"),
-    How(),
-    How(offset="length"),
-    How(offset="length", adds=False),
-    *(replace(How(offset="rule"), **change) for change in (
-        {"weigh": "question"}, {"gap_weight": 0.5}, {"gap_weight": 1.0}, {"margin": 0.1}, {"margin": 0.3},
-        {"smoothing": 0.1}, {"centering": 0.01}, {"exposure": "later_wins"}, {"exposure": "weighted"})),
     CHOSEN,
+    *(replace(CHOSEN, **change) for change in (
+        {"offset": ""}, {"offset": "length"}, {"offset": "rule"}, {"offset": "length", "adds": False},
+        {"weigh": "question"}, {"gap_weight": 0.5}, {"gap_weight": 1.0}, {"margin": 0.1}, {"margin": 0.3},
+        {"smoothing": 0.1}, {"smoothing": 0.2}, {"centering": 0.01},
+        {"exposure": "later_wins"}, {"exposure": "weighted"})),
 ]  # fmt: skip
 
 
@@ -119,12 +130,13 @@ def jobs(sites: Sequence[str]) -> Iterator[Job]:
     controlled = [replace(CHOSEN, exposure=exposure) for exposure in ("any", "weighted", "later_wins")]
     for how in TRIED:
         yield from (Job("frozen", f"fold-{n}", seed, how) for n in range(FOLDS) for seed in SEEDS)
-    yield from (Job("frozen", held, 0, how) for how in controlled for held in ("eval", *sites))
+    for how in [*controlled, How()]:
+        yield from (Job("frozen", f"all-{n}", seed, how) for n in range(FOLDS) for seed in SEEDS)
+        yield from (Job("frozen", held, 0, how) for held in ("eval", *sites))
     for seed in SEEDS:
         yield Job("encoder", "eval", seed, CHOSEN)
-        yield Job("scratch", "eval", seed, learning_rate=1e-3)
-        yield Job("stories260K", "eval", seed, learning_rate=1e-3)
-    yield from (Job("encoder", "eval", seed, controlled[1]) for seed in SEEDS)
+        yield Job("scratch", "eval", seed, epochs=2, learning_rate=1e-3)
+        yield Job("stories260K", "eval", seed, epochs=2, learning_rate=1e-3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +147,7 @@ class World:
     laid: HeldOut
     split: np.ndarray  # [Q] reward or eval
     fold: np.ndarray  # [seeds, Q] 0 to FOLDS − 1
+    style: np.ndarray  # [A, F] features of the text, see `style_features`
     ahead: np.ndarray  # [P, 3] exposure of the better answer before the worse
     gaps: np.ndarray  # [P]
 
@@ -169,26 +182,45 @@ def read_world(folder: Path) -> World:
     tables = {name: parquet.read_table(path) for name, path in paths.items()}
     groups = [row for table in tables.values() for row in table.to_pylist()]
     laid = lay_out(groups, np.zeros(sum(len(g["answers"]) for g in groups)))
-    folds = [
-        [sha256(f"fold/{seed}/{q}".encode()).digest()[0] % FOLDS for q in laid.questions] for seed in SEEDS
-    ]
+    texts = [answer["text"] for group in groups for answer in group["answers"]]
+    digests = [[sha256(f"fold/{seed}/{name}".encode()).digest() for name in laid.questions] for seed in SEEDS]
     return World(
         groups,
         laid,
         np.repeat(list(tables), [len(table) for table in tables.values()]),
-        np.array(folds),
+        np.array([[digest[0] % FOLDS for digest in of_seed] for of_seed in digests]),
+        np.array([[*laid.features[i], *style_features(text)] for i, text in enumerate(texts)]),
         np.concatenate([ahead(table) for table in tables.values()]),
         laid.differences(laid.published),
     )
 
 
+def style_features(text: str) -> list[float]:
+    """How an answer in Markdown is written: 24 counts, shares and yes or no."""
+    words, lower = len(WORD.findall(text)) + 5, text.lower()
+    sentences = [part for part in SENTENCE.split(text) if part.strip()]
+    shares = [
+        sum(part.lstrip()[0].islower() for part in sentences) / (len(sentences) + 1),
+        len(SLOPPY.findall(text)) / words,
+        len(SPACED.findall(text)) / words,
+        sum(map(len, WORD.findall(text))) / words,
+    ]
+    counts = [len(pattern.findall(text)) for pattern in COUNTED]
+    counts += [len(sentences), max(map(len, text.split("\n\n"))), sum(lower.count(w) for w in REASONS)]
+    asides = [bool(pattern.search(lower)) for pattern in ASIDES]
+    ends = [text.rstrip()[-1:].isalnum(), text[:1].islower(), "@" in text, "![" in text]
+    return [*shares, *np.log1p(counts), *map(float, asides + ends)]
+
+
 def apart(world: World, held: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Questions to train on and questions held out, [Q] each; only folds hang on the seed."""
-    if held == "eval":
+    """Questions to train on and questions held out, [Q] each; only fifths hang on the seed."""
+    kind, _, fifth = held.partition("-")
+    if kind == "eval":
         return world.split == "reward", world.split == "eval"
-    if held.startswith("fold-"):
-        is_held = world.fold[seed] == int(held.removeprefix("fold-"))
-        return (world.split == "reward") & ~is_held, (world.split == "reward") & is_held
+    if kind in ("fold", "all"):
+        is_held = world.fold[seed] == int(fifth)
+        takes_part = (world.split == "reward") | (kind == "all")
+        return takes_part & ~is_held, takes_part & is_held
     return world.laid.sites != held, world.laid.sites == held
 
 
@@ -202,10 +234,24 @@ class Lesson:
     given: np.ndarray  # [A] what the expert that is given says of each answer
 
 
-def logistic_rule(world: World, questions: np.ndarray, features: slice = slice(None)) -> LogisticRule:
-    """The rule of some questions' pairs [Q], as they come."""
-    differences = world.laid.differences(world.laid.features)[world.pairs_of(questions)]
-    return fit_rule(differences[:, features], int(questions.sum()))
+def logistic_rule(world: World, questions: np.ndarray, features: np.ndarray) -> LogisticRule:
+    """The rule of some questions' pairs [Q], as they come, on features [A, F]."""
+    differences = world.laid.differences(features)[world.pairs_of(questions)]
+    return fit_rule(differences, np.ones(len(differences)), int(questions.sum()))
+
+
+def expert(world: World, questions: np.ndarray, name: str) -> np.ndarray:
+    """What a logistic model of some questions' pairs [Q] says of every answer; 0 without a name. -> [A]."""
+    laid = world.laid
+    if name == "style":
+        differences = laid.differences(world.style)[world.pairs_of(questions)]
+        scales = np.sqrt((differences**2).mean(0)) + 1e-9
+        weights = fit_logistic(differences / scales, np.ones(len(differences)), STYLE_RIDGE)
+        return world.style / scales @ weights
+    if not name:
+        return np.zeros(len(laid.owner))
+    features = laid.features[:, :1] if name == "length" else laid.features
+    return features @ logistic_rule(world, questions, features).coefficients
 
 
 def lesson(world: World, questions: np.ndarray, how: How) -> Lesson:
@@ -219,10 +265,7 @@ def lesson(world: World, questions: np.ndarray, how: How) -> Lesson:
     weights = weights[chosen] * np.array(gap_weights(world.gaps[chosen], how.gap_weight))
     if how.weigh == "question":
         weights = weights / np.bincount(laid.question_of[chosen])[laid.question_of[chosen]]
-    features = {"": slice(0), "length": slice(1), "rule": slice(None)}[how.offset]
-    given = np.zeros(len(laid.owner))
-    if how.offset:
-        given = laid.features[:, features] @ logistic_rule(world, questions, features).weights
+    given = expert(world, questions, how.offset)
     odds = laid.differences(given)[chosen] - how.margin * world.gaps[chosen]
     return Lesson(laid.pairs[chosen], weights / weights.mean(), odds, given)
 
@@ -428,7 +471,9 @@ def rule_margins(world: World, parts: Sequence[str], seed: int = 0) -> dict[str,
     for part in parts:
         questions, held = apart(world, part, seed)
         chosen = world.pairs_of(held)
-        for name, values in margins_of(world.laid, logistic_rule(world, questions)).items():
+        found = margins_of(world.laid, logistic_rule(world, questions, world.laid.features))
+        found["style"] = world.laid.differences(expert(world, questions, "style"))
+        for name, values in found.items():
             margins.setdefault(name, np.full(len(world.gaps), np.nan))[chosen] = values[chosen]
     del margins["reward_model"]
     return margins
@@ -491,7 +536,8 @@ def tried(world: World, runs: Sequence[dict]) -> Iterator[str]:
     """Leads over *longer* on the folds, mean of the seeds and their range, in points."""
     parts, masks = [f"fold-{n}" for n in range(FOLDS)], kinds(world)
     longer = credits_of({"longer": world.laid.differences(world.laid.characters)})["longer"]
-    rows = {"logistic": [rule_margins(world, parts, seed)["logistic"] for seed in SEEDS]}
+    of_rules = [rule_margins(world, parts, seed) for seed in SEEDS]
+    rows = {rule: [margins[rule] for margins in of_rules] for rule in ("logistic", "style")}
     for variant in dict.fromkeys(run["variant"] for run in runs if run["held"] in parts):
         found = joined(world, [run for run in runs if run["variant"] == variant and run["held"] in parts])
         rows[variant] = list(found.values())
@@ -511,6 +557,8 @@ def report(folder: Path) -> None:
     sites = sorted(set(world.laid.sites.tolist()))
     print("\n## Settings, on the training questions", *tried(world, runs), sep="\n")
     print("\n## Held-out questions", *standings(world, ["eval"], runs), sep="\n")
+    every = [f"all-{n}" for n in range(FOLDS)]
+    print("\n## Every question, held out once in fifths", *standings(world, every, runs), sep="\n")
     print("\n## Sites left out", *standings(world, sites, runs), sep="\n")
     for exposure in ("any", "weighted", "later_wins"):
         variant = Job("frozen", "", 0, replace(CHOSEN, exposure=exposure)).variant
