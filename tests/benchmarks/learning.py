@@ -572,10 +572,9 @@ def main(command: str, folder: Path, *names: str) -> None:
     elif command == "report":
         report(folder)
     else:
-        world = read_world(folder)
+        world, known = read_world(folder), {run["name"] for run in read_runs(folder)}
         for job in jobs(sorted(set(world.laid.sites.tolist()))):
-            is_asked = job.name.startswith(names or "")
-            if is_asked and job.name not in {run["name"] for run in read_runs(folder)}:
+            if job.name.startswith(names or "") and job.name not in known:
                 train(folder, world, job)
 
 
