@@ -78,7 +78,8 @@ def test_temperature_has_the_least_log_loss():
 
 @pytest.mark.parametrize("margins", [[-1.0, -2.0], [1.0, -1.0], [0.0, 0.0], [1.0, -2.0]])
 def test_no_temperature_mends_margins_that_point_the_wrong_way(margins):
-    assert fit_temperature(np.array(margins)) is None
+    with np.errstate(all="raise"):
+        assert fit_temperature(np.array(margins)) is None
     assert calibrate(np.array(margins), np.arange(2), 100, 0)["temperature"] is None
 
 
@@ -122,5 +123,7 @@ def test_the_same_bins_draw_the_same_picture(tmp_path):
 
     picture = draw("a.png", bins, "Brier 0.2")
     assert picture.startswith(b"\x89PNG") and draw("b.png", bins, "Brier 0.2") == picture
-    assert len({picture, draw("c.png", bins[1:], "Brier 0.2"), draw("d.png", few, "Brier 0.2")}) == 3
+    others = [bins[1:], few, [b | {"interval": (0.4, 0.9)} for b in bins], [b | {"pairs": 9} for b in bins]]
+    drawn_anew = {draw("c.png", other, "Brier 0.2") for other in others}
+    assert len({picture, *drawn_anew, draw("d.png", bins, "Brier 0.3")}) == 6
     assert b"Software" not in picture and b"tIME" not in picture

@@ -10,6 +10,7 @@ from cases import NO_RULE, answer, drawn, group, one_pair_each
 
 from params.schema import RewardEvalParams
 from tasks.reward_eval.card import report, summary, verdict
+from tasks.reward_eval.measures import interval
 from tasks.reward_eval.mistakes import shortened, worst_mistakes
 from tasks.reward_eval.page import render
 from tasks.reward_eval.pairs import lay_out
@@ -91,8 +92,11 @@ def test_a_model_that_only_ties_is_never_right():
 
 
 def test_the_summary_is_flat_and_finite():
-    card = report(*drawn(60), LONGER, BARS, 0)
+    held, groups = drawn(60)
+    card = report(held, groups, LONGER, BARS, 0)
     found = summary(card)
+    right = held.differences(held.scores) > 0
+    assert (found["accuracy_low"], found["accuracy_high"]) == interval(held.question_of, right, 100, 0)
     assert all(np.isfinite(value) for value in found.values())
     assert found["accuracy"] == card["rules"]["reward_model"]["accuracy"]
     assert (found["accuracy_low"], found["accuracy_high"]) == card["rules"]["reward_model"]["interval"]
@@ -221,8 +225,9 @@ def squeezed(text: str) -> str:
 
 
 def test_long_lines_are_wrapped():
-    text = "word " * 100
+    text = "word " * 100 + "\n\n  - a\tb"
     groups = [group(1, [answer(1, text), answer(0)], [[0, 1]])]
     card = report(lay_out(groups, [0.0, 1.0]), groups, NO_RULE, BARS, 0)
     lines = [line for line in render(card).split("\n") if line.startswith("word")]
     assert len(lines) == 5 and max(map(len, lines)) <= 100
+    assert "\n".join(["```text", *lines, "", "  - a   b", "```"]) in render(card), "empty lines, indentation"
