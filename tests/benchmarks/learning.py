@@ -484,22 +484,34 @@ def credit_of(margins: np.ndarray) -> np.ndarray:
     return credits_of({"reward_model": margins})["reward_model"]
 
 
-def kinds(world: World) -> dict[str, np.ndarray]:
-    """Pairs apart: main and meta sites, all pairs and those won by the later answer. [P] each."""
-    meta = world.pairs_of(np.array([is_meta(site) for site in world.laid.sites]))
-    later = world.ahead[:, 0] < 0
-    return {"main": ~meta, "main, later wins": ~meta & later, "meta": meta, "meta, later wins": meta & later}
+def kinds(world: World, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """Some pairs [P] in kinds, each as weights [P] of mean 1 over its own pairs and 0 elsewhere.
+
+    Main and meta sites apart; of each all pairs, these weighted so that exposure predicts no winner, and
+    those won by the later answer.
+    """
+    on_meta = world.pairs_of(np.array([is_meta(site) for site in world.laid.sites]))
+    found = {}
+    for name, mask in (("main", chosen & ~on_meta), ("meta", chosen & on_meta)):
+        balanced = np.zeros(len(chosen))
+        balanced[mask] = balancing_weights(world.ahead[mask])
+        later = mask & (world.ahead[:, 0] < 0)
+        found |= {name: mask * 1.0, f"{name}, balanced": balanced, f"{name}, later wins": later * 1.0}
+    return found
 
 
-def shown(world: World, values: np.ndarray, chosen: np.ndarray, sign: str = "") -> str:
-    """A mean in per cent with its 95 % interval over questions."""
-    low, high = interval(world.laid.question_of[chosen], values[chosen], SAMPLES, 0)
-    return f"{100 * values[chosen].mean():{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+def shown(world: World, values: np.ndarray, weights: np.ndarray, sign: str = "") -> str:
+    """A weighted mean in per cent with its 95 % interval over questions. [P], [P]."""
+    chosen = weights > 0
+    weighted = (values * weights)[chosen]
+    low, high = interval(world.laid.question_of[chosen], weighted, SAMPLES, 0)
+    return f"{100 * weighted.mean():{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
 
 def standings(world: World, parts: Sequence[str], runs: Sequence[dict]) -> Iterator[str]:
     """Rules and models over held-out parts: accuracy of each seed and of all together, leads over rules."""
     credit = credits_of(rule_margins(world, parts))
+    del credit["has_code"]
     is_held = np.logical_or.reduce([world.pairs_of(apart(world, part)[1]) for part in parts])
     single: dict[str, list[np.ndarray]] = {}
     for variant in dict.fromkeys(run["variant"] for run in runs if run["held"] in parts):
@@ -508,15 +520,21 @@ def standings(world: World, parts: Sequence[str], runs: Sequence[dict]) -> Itera
         if whole:
             single[variant] = [credit_of(margins) for margins in whole]
             credit[variant] = credit_of(np.mean(whole, axis=0))
-    for kind, chosen in kinds(world).items():
-        chosen = chosen & is_held
-        yield f"\n{kind}: {chosen.sum()} pairs of {len(set(world.laid.question_of[chosen]))} questions\n"
-        yield "| | each seed | seeds together | over *longer* | over *logistic* |"
-        yield "|---|---|---|---|---|"
-        for name, values in credit.items():
-            each = ", ".join(f"{100 * values[chosen].mean():.1f}" for values in single.get(name, []))
-            leads = " | ".join(shown(world, values - credit[r], chosen, "+") for r in ("longer", "logistic"))
-            yield f"| {name} | {each} | {shown(world, values, chosen)} | {leads} |"
+    masks = kinds(world, is_held)
+    sizes = (f"{(m > 0).sum()} of {len(set(world.laid.question_of[m > 0]))}" for m in masks.values())
+    yield f"\n| | main, each seed | {' | '.join(masks)} |\n|{'---|' * (len(masks) + 2)}"
+    yield f"| pairs of questions | | {' | '.join(sizes)} |"
+    for name, values in credit.items():
+        each = ", ".join(
+            f"{100 * (c @ masks['main']) / masks['main'].sum():.1f}" for c in single.get(name, [])
+        )
+        yield f"| {name} | {each} | {' | '.join(shown(world, values, m) for m in masks.values())} |"
+    yield f"\n| lead over *longer* | {' | '.join(masks)} | main, over *logistic* |"
+    yield f"|{'---|' * (len(masks) + 2)}"
+    for name in ("logistic", "style", *single):
+        leads = [shown(world, credit[name] - credit["longer"], m, "+") for m in masks.values()]
+        over = shown(world, credit[name] - credit["logistic"], masks["main"], "+")
+        yield f"| {name} | {' | '.join(leads)} | {over} |"
 
 
 def by_site(world: World, sites: Sequence[str], runs: Sequence[dict], variant: str) -> Iterator[str]:
@@ -526,27 +544,27 @@ def by_site(world: World, sites: Sequence[str], runs: Sequence[dict], variant: s
     yield f"\n{variant}\n\n| site left out | pairs | longer | logistic | model | over *longer* |"
     yield "|---|---|---|---|---|---|"
     for site in sorted(sites, key=is_meta):
-        chosen = world.pairs_of(world.laid.sites == site)
-        rules = " | ".join(f"{100 * credit[rule][chosen].mean():.1f}" for rule in ("longer", "logistic"))
+        chosen = world.pairs_of(world.laid.sites == site) * 1.0
+        rules = " | ".join(f"{100 * credit[r] @ chosen / chosen.sum():.1f}" for r in ("longer", "logistic"))
         lead = shown(world, own - credit["longer"], chosen, "+")
-        yield f"| {site} | {chosen.sum()} | {rules} | {shown(world, own, chosen)} | {lead} |"
+        yield f"| {site} | {chosen.sum():.0f} | {rules} | {shown(world, own, chosen)} | {lead} |"
 
 
 def tried(world: World, runs: Sequence[dict]) -> Iterator[str]:
     """Leads over *longer* on the folds, mean of the seeds and their range, in points."""
-    parts, masks = [f"fold-{n}" for n in range(FOLDS)], kinds(world)
+    masks = kinds(world, world.pairs_of(world.split == "reward"))
+    parts = [f"fold-{n}" for n in range(FOLDS)]
     longer = credits_of({"longer": world.laid.differences(world.laid.characters)})["longer"]
     of_rules = [rule_margins(world, parts, seed) for seed in SEEDS]
     rows = {rule: [margins[rule] for margins in of_rules] for rule in ("logistic", "style")}
     for variant in dict.fromkeys(run["variant"] for run in runs if run["held"] in parts):
         found = joined(world, [run for run in runs if run["variant"] == variant and run["held"] in parts])
         rows[variant] = list(found.values())
-    yield f"\n| | {' | '.join(masks)} |\n|---|---|---|---|---|"
+    yield f"\n| | {' | '.join(masks)} |\n|{'---|' * (len(masks) + 1)}"
     for name, seeds in rows.items():
         cells = []
         for mask in masks.values():
-            of_kind = mask & (world.split == "reward")[world.laid.question_of]
-            leads = [100 * (credit_of(margins) - longer)[of_kind].mean() for margins in seeds]
+            leads = [100 * (credit_of(margins) - longer) @ mask / mask.sum() for margins in seeds]
             cells.append(f"{np.mean(leads):+.1f} ({min(leads):+.1f} to {max(leads):+.1f})")
         yield f"| {name} | {' | '.join(cells)} |"
 
