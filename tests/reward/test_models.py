@@ -17,7 +17,13 @@ from made_rewards import (
     trainer,
 )
 from peft import LoraConfig, PeftModel
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerFast,
+)
 
 from tasks.lm.loading import train_tokenizer
 from tasks.reward import GroupedAnswers
@@ -305,3 +311,46 @@ def test_nothing_held_out_is_said(tmp_path):
     made.eval_dataset = None
     with pytest.raises(ValueError, match="no eval_dataset"):
         made.evaluate()
+
+
+# ---- what Trainer brings
+
+
+def test_several_held_out_sets(tmp_path):
+    some, others = groups(4, 30), groups(5, 40)
+    found = trainer(tmp_path, held={"some": some, "others": others}).evaluate()
+    for name, held in (("some", some), ("others", others)):
+        alone = trainer(tmp_path, held=held).evaluate()
+        for key in ("loss", "accuracy", "score_mean", "score_std"):
+            assert found[f"eval_{name}_{key}"] == alone[f"eval_{key}"]
+
+
+def test_rows_may_be_evaluated_that_were_not_there_before(tmp_path):
+    made, held = trainer(tmp_path, held=groups(4, 30)), groups(5, 40)
+    assert made.evaluate(held, metric_key_prefix="test") == {
+        key.replace("eval_", "test_"): value for key, value in trainer(tmp_path, held=held).evaluate().items()
+    }
+    with pytest.raises(ValueError, match="eval_dataset, row 0: no pair"):
+        made.evaluate([GroupedAnswers((5,), ((7,),), ())])
+
+
+def test_own_metrics_see_the_scores_of_each_pair(tmp_path):
+    held = groups(4, 30)
+    made = trainer(tmp_path, held=held)
+    made.compute_metrics = lambda found: {"lead": (found.predictions @ [1, -1]).mean()}
+    own = padded_scores(tiny.scorer(), held)
+    leads = [(s[b] - s[w]).item() for g, s in zip(held, own, strict=True) for b, w in g.pairs]
+    assert made.evaluate()["eval_lead"] == pytest.approx(sum(leads) / len(leads), rel=1e-4)
+
+
+def test_the_best_model_is_kept_and_stopping_early_works(tmp_path):
+    held = groups(5, 50)
+    made = trainer(
+        tmp_path, EarlyStoppingCallback(2), held=held, max_steps=40, learning_rate=0.3,
+        eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=False,
+    )  # fmt: skip
+    made.train()
+    assert made.state.global_step < 40
+    losses = [log["eval_loss"] for log in made.state.log_history if "eval_loss" in log]
+    assert made.evaluate()["eval_loss"] == pytest.approx(min(losses))

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from made_rewards import FirstGradients, groups, padded_scores, trainer
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 
@@ -181,7 +182,7 @@ name, folder = sys.argv[1], Path(sys.argv[2])
 seen = t.FirstGradients()
 made = t.trainer(folder, seen, train=t.some(), held=t.groups(5), per_device_train_batch_size=4, max_steps=1,
     gradient_accumulation_steps=1, microbatch_tokens=30, max_grad_norm=1e9, optimizer="adamw",
-    save_strategy="no", ddp_backend="gloo", **t.OPTIONS[name])
+    save_strategy="no", ddp_backend="gloo", **t.way(name))
 metrics = made.evaluate()
 made.train()
 found = {k.removeprefix("module."): v for k, v in seen.found.items()}
@@ -190,8 +191,15 @@ save_file(found, folder / f"rank-{os.environ['RANK']}.safetensors")
 """
 
 
+def way(name: str) -> dict:
+    """An option, an encoder or an adapter."""
+    if name == "adapter":
+        return {"peft": LoraConfig(r=2, target_modules="all-linear")}
+    return {"model": tiny.scorer(name)} if name == "bert" else OPTIONS[name]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["question", "all"])
+@pytest.mark.parametrize("name", ["question", "all", "adapter", "bert"])
 def test_two_processes_make_the_whole_batch(tmp_path, name):
     (tmp_path / "rank.py").write_text(RANK)
     here = Path(__file__).parent
@@ -201,8 +209,8 @@ def test_two_processes_make_the_whole_batch(tmp_path, name):
         [*launch, tmp_path / "rank.py", name, tmp_path], check=True, timeout=300,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    whole, _ = first_step(tmp_path, some(), **OPTIONS[name])
-    metrics = trainer(tmp_path, train=some(), held=groups(5), **OPTIONS[name]).evaluate()
+    whole, _ = first_step(tmp_path, some(), **way(name))
+    metrics = trainer(tmp_path, train=some(), held=groups(5), **way(name)).evaluate()
     for rank in (0, 1):
         found = load_file(tmp_path / f"rank-{rank}.safetensors")
         for key in [key for key in found if key.startswith("eval_")]:

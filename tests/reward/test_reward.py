@@ -13,8 +13,10 @@ from pyarrow import parquet
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tasks import pack, ppo, reward_eval
+from tasks.lm.loading import load_causal
 from tasks.lm.reward_model import RewardModel
 from tasks.reward import collate, run
+from tasks.reward import stage as reward_stage
 from tasks.reward.stage import read_groups
 
 
@@ -174,20 +176,42 @@ def test_microbatch_tokens_do_not_change_the_batch(packed, tmp_path):
     assert found[100]["loss"] == pytest.approx(found[4096]["loss"], rel=1e-3)
 
 
-def test_the_settings_reach_the_loss(packed, tmp_path):
-    """Each of them gives another model."""
-    settings = [
-        {}, {"weigh": "question"}, {"margin": 0.5}, {"gap_weight": 1}, {"label_smoothing": 0.3},
-        {"center_rewards_coefficient": 0.5}, {"length_offset": 1}, {"lora_rank": 2},
-        {"lora_rank": 2, "lora_alpha": 64},
-    ]  # fmt: skip
-    found = set()
-    for i, setting in enumerate(settings):
-        layout = copied(packed, tmp_path / f"{i}")
-        metrics = run(tiny.params(reward={"optimizer": "adamw", **setting}), layout).metrics
-        assert set(metrics) == {"steps", "epoch", "loss", "accuracy", "score_mean", "score_std"}
-        found.add(tiny.digests(layout.artifact("reward", "model"))["model.safetensors"])
-    assert len(found) == len(settings)
+def test_the_settings_reach_the_trainer(packed, tmp_path, monkeypatch):
+    class Asked(BaseException):
+        pass
+
+    def asked(model, config, train, held, **keys):
+        raise Asked(config, keys)
+
+    monkeypatch.setattr(reward_stage, "RewardTrainer", asked)
+    settings = {
+        "weigh": "question", "margin": 0.5, "gap_weight": 1.5, "label_smoothing": 0.25,
+        "center_rewards_coefficient": 0.75, "length_offset": 0.375, "learning_rate": 0.5,
+    }  # fmt: skip
+    for adapter in ({}, {"lora_rank": 3, "lora_alpha": 24}):
+        with pytest.raises(Asked) as found:
+            run(tiny.params(reward={**settings, **adapter}), copied(packed, tmp_path / f"{len(adapter)}"))
+        config, keys = found.value.args
+        assert {name: getattr(config, name) for name in settings} == settings
+        peft = keys["peft_config"]
+        assert (peft and (peft.r, peft.lora_alpha)) == ((3, 24) if adapter else None)
+
+
+def test_an_adapter_is_merged(packed, tmp_path):
+    layout = copied(packed, tmp_path / "run")
+    metrics = run(
+        tiny.params(reward={"lora_rank": 2, "optimizer": "adamw", "learning_rate": 3e-2}), layout
+    ).metrics
+    plain = AutoModelForSequenceClassification.from_pretrained(layout.artifact("reward", "model"))
+    _, held = read_groups(layout, tiny.reward_model(None))
+    with torch.no_grad():
+        assert metrics["loss"] == pytest.approx(padded_loss(plain, held).item(), rel=1e-4)
+    assert not layout.artifact("reward", "model", "adapter_config.json").exists()
+    sft = load_causal(layout.artifact("sft", "model"))
+    assert torch.equal(plain.model.embed_tokens.weight, sft.model.embed_tokens.weight), (
+        "what no adapter is on"
+    )
+    assert not torch.equal(plain.model.layers[0].mlp.up_proj.weight, sft.model.layers[0].mlp.up_proj.weight)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
