@@ -118,7 +118,7 @@ def attend(
         q = _side_by_side(query, block.queries, n)
         k, v = (_side_by_side(x, block.keys, n) for x in (key, value))
         sees = block.sees if window is None or window >= columns else _near(block.sees, window)
-        near = None if bias is None else bias[:, :, :rows, :columns].to(query.dtype)
+        near = None if bias is None else bias[:, :, :rows, :columns]
         out = _attend(q, k, v, sees, near, dropout, scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, block.real))
     return torch.cat(outputs).index_select(0, sight.order)
@@ -144,4 +144,4 @@ def _attend(query, key, value, sees, bias, dropout, scaling) -> Tensor:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     odds = query * scale @ key.transpose(-1, -2)
     odds = (odds if bias is None else odds + bias).masked_fill(~sees, float("-inf"))
-    return odds.softmax(-1).to(value.dtype) @ value
+    return odds.softmax(-1) @ value

@@ -7,6 +7,7 @@ import tiny
 import torch
 from torch.nn import functional
 
+from tasks.lm import blocks
 from tasks.lm.forest import enable_forest, serve_forest
 from tasks.lm.pairs import plant_pairs, run_pairs
 
@@ -48,6 +49,36 @@ def test_packed_pairs_give_each_pairs_loss_and_gradients(name, way):
         assert tiny.far_gradients(tiny.gradients(model), separate) <= 1e-5
 
 
+@pytest.mark.parametrize("most", [blocks.SMALL_BLOCK, 0])
+def test_under_autocast_pairs_err_as_little_as_each_pair(monkeypatch, most):
+    """In bfloat16 both are rounded; packed rows are at most twice as far from float32's loss and gradients."""
+    monkeypatch.setattr(blocks, "SMALL_BLOCK", most)
+    sources, targets, found = tiny.drawn(SOURCES), tiny.drawn(TARGETS, seed=1), []
+    for in_bf16, loss_of in ((False, separate_loss), (True, separate_loss), (True, packed_loss)):
+        model = model_of("t5")
+        if loss_of is packed_loss:
+            enable_forest(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            loss = loss_of(model, sources, targets)
+        loss.backward()
+        found.append((loss.item(), tiny.gradients(model)))
+    exact, separate, packed = found
+    assert tiny.far(packed[0], exact[0]) <= 2 * tiny.far(separate[0], exact[0]) + 1e-3
+    assert tiny.far_gradients(packed[1], exact[1]) <= 2 * tiny.far_gradients(separate[1], exact[1])
+
+
+def test_a_layer_without_attention_is_found_out():
+    class Nothing(torch.nn.Module):
+        def forward(self, hidden_states, **_):
+            return hidden_states, None, None
+
+    model = model_of("t5")
+    enable_forest(model)
+    model.decoder.block[1].layer[1].EncDecAttention = Nothing()
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration calls the forest .* 5 times, not 6"):
+        packed_loss(model, [(5,)], [(6,)])
+
+
 @torch.no_grad()
 def test_a_pair_sees_no_neighbour_and_all_of_itself():
     model, sources, targets = model_of("t5"), tiny.drawn((5, 6, 7)), tiny.drawn((4, 5, 6), seed=1)
@@ -65,8 +96,8 @@ def test_a_pair_sees_no_neighbour_and_all_of_itself():
 
 
 def test_pairs_by_hand():
-    pairs = plant_pairs([(5, 6), (7,)], [(8, 1), (9, 3, 1)], 0)
-    assert pairs.sources.tokens.tolist() == [5, 6, 7] and pairs.targets.tokens.tolist() == [0, 8, 0, 9, 3]
+    pairs = plant_pairs([(5, 6), (7,)], [(8, 1), (9, 3, 1)], 2)
+    assert pairs.sources.tokens.tolist() == [5, 6, 7] and pairs.targets.tokens.tolist() == [2, 8, 2, 9, 3]
     assert pairs.labels.tolist() == [8, 1, 9, 3, 1]
     (block,) = pairs.cross.blocks
     assert block.shape == (2, 3, 2) and block.queries.tolist() == [0, 1, 0, 2, 3, 4]
