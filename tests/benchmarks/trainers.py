@@ -3,10 +3,10 @@
     STACKRL_PEER_PYTHON=<python with trl==1.16.0> python tests/benchmarks/trainers.py made|sites
 
 `made`: questions of 300 tokens with five answers of 100, all ten pairs. `sites`: the first questions of three
-real sites (STACKRL_SHARED_DATA), documents of at most 1,024 tokens, as TRL's `max_length`. LLaMA, 6 layers, 384 wide, float32 on both sides, two threads. TRL at its
-defaults (8 pairs or documents a step, gradient checkpointing), without checkpointing at 8 (`small`) and at
-as many a step as ours (`same`), and packed. Throughput counts questions (reward) and real tokens (sft),
-whichever way they are batched.
+real sites (STACKRL_SHARED_DATA), documents of at most 1,024 tokens, as TRL's `max_length`. LLaMA, 6 layers,
+384 wide, float32 on both sides, two threads. TRL at its defaults (8 pairs or documents a step, gradient
+checkpointing), without checkpointing at 8 (`small`) and at as many a step as ours (`same`), and packed.
+Throughput counts questions (reward) and real tokens (sft), whichever way they are batched.
 """
 
 from __future__ import annotations

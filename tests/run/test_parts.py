@@ -37,7 +37,7 @@ class Gradients(TrainerCallback):
 
 
 def trained(kind: str, folder: Path, **arguments) -> dict[str, torch.Tensor]:
-    """Gradients of the first step over eight rows of unequal numbers of items."""
+    """Gradients of the last step over eight rows of unequal numbers of items; the model in `folder`/model."""
     keys = {
         "output_dir": str(folder), "max_steps": 1, "use_cpu": True, "disable_tqdm": True,
         "save_strategy": "no", "dataloader_pin_memory": False, "max_grad_norm": 1e9, "learning_rate": 1e-2,
@@ -50,14 +50,16 @@ def trained(kind: str, folder: Path, **arguments) -> dict[str, torch.Tensor]:
             PackedRow(tuple(a + b), (len(a), len(b)), (1, 1))
             for a, b in zip(drawn[:8], drawn[8:16], strict=True)
         ]
-        SFTTrainer(tiny.causal(), SFTConfig(**keys), rows, callbacks=[seen]).train()
+        made = SFTTrainer(tiny.causal(), SFTConfig(**keys), rows, callbacks=[seen])
     else:
         groups = [
             GroupedAnswers(tuple(drawn[n]), tuple(map(tuple, drawn[8 + 3 * n : 11 + 3 * n])),
                            ((0, 1), (2, 1), (0, 2))[: 1 + n % 3])
             for n in range(8)
         ]  # fmt: skip
-        RewardTrainer(tiny.scorer(), RewardConfig(**keys), groups, callbacks=[seen]).train()
+        made = RewardTrainer(tiny.scorer(), RewardConfig(**keys), groups, callbacks=[seen])
+    made.train()
+    made.save_model(str(folder / "model"))
     return seen.found
 
 
@@ -83,20 +85,46 @@ found = t.trained(kind, folder, per_device_train_batch_size=4, microbatch_tokens
 found = {k.removeprefix("module."): v for k, v in found.items()}
 save_file(found, folder / f"rank-{os.environ['RANK']}.safetensors")
 """
+SHARDED = """
+import sys
+from pathlib import Path
+import test_parts as t
+keys = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+t.trained(sys.argv[1], Path(sys.argv[2]), per_device_train_batch_size=4, microbatch_tokens=30, max_steps=3,
+          ddp_backend="gloo", **keys)
+"""
+
+
+def run_in_two(program: str, kind: str, folder: Path) -> None:
+    (folder / "rank.py").write_text(program)
+    tests = Path(__file__).parents[1]
+    path = f"{Path(__file__).parent}:{tests}:{tests.parent}"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(
+        [*launch, folder / "rank.py", kind, folder], check=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_two_processes_make_the_whole_batch(tmp_path, kind):
     """Each takes half of the batch, in parts, with another number of items than the other."""
-    (tmp_path / "rank.py").write_text(RANK)
-    tests = Path(__file__).parents[1]
-    path = f"{Path(__file__).parent}:{tests}:{tests.parent}"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(
-        [*launch, tmp_path / "rank.py", kind, tmp_path], check=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    run_in_two(RANK, kind, tmp_path)
     whole = trained(kind, tmp_path, per_device_train_batch_size=8)
     for rank in (0, 1):
         assert tiny.far_gradients(load_file(tmp_path / f"rank-{rank}.safetensors"), whole) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_sharded_processes_end_with_the_model_of_one(tmp_path, kind):
+    """Weights sharded by FSDP over two processes, exported whole as safetensors."""
+    run_in_two(SHARDED, kind, tmp_path)
+    found = load_file(tmp_path / "model/model.safetensors")
+    (tmp_path / "whole").mkdir()
+    trained(kind, tmp_path / "whole", per_device_train_batch_size=8, max_steps=3)
+    wanted = load_file(tmp_path / "whole/model/model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(tiny.far(found[name], wanted[name]) <= 1e-4 for name in wanted)
+    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pt"))
