@@ -405,8 +405,11 @@ def train_decoder(folder: Path, world: World, taught: Lesson, job: Job, held: np
         asked = group["question"][:CHARACTERS]
         prompts += map(tuple, encode_prompts(tokenizer, [asked]))
         documents = encode_documents(tokenizer, [(asked, a["text"]) for a in group["answers"]])
-        responses += [tuple(d[len(prompts[-1]) : DOCUMENT[job.model]]) for d in documents]
+        most = max(DOCUMENT[job.model], len(prompts[-1]) + 1)
+        responses += [tuple(d[len(prompts[-1]) : most]) for d in documents]
     owner = world.laid.owner
+    tell = [responses[better] != responses[worse] for better, worse in taught.pairs]  # not cut to the same
+    taught = replace(taught, pairs=taught.pairs[tell], weights=taught.weights[tell])
     first, asker, train = np.searchsorted(owner, np.arange(len(prompts) + 1)), owner[taught.pairs[:, 0]], []
     for q in np.unique(asker):
         of_one = asker == q
