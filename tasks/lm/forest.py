@@ -4,7 +4,8 @@ A segment may have a parent whose tokens it sees first (a question), then itself
 continue from the parent. Documents of an SFT batch are roots; the answers to one question are its children.
 For an encoder every segment is a root and each token sees all of its segment.
 Everything but attention works token by token, so a row of T tokens costs what its tokens cost; attention
-is that of :mod:`tasks.lm.blocks`.
+is that of :mod:`tasks.lm.blocks`, or on CUDA the fused kernel of :mod:`tasks.lm.flex` where that passes its
+self-test.
 
 Registered with transformers as attention function `forest`; a model that cannot be served is refused by name.
 """
@@ -17,10 +18,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tasks.lm import flex
 from tasks.lm.blocks import Sight, attend, look
 
 OF_OTHERS = ("softcap", "s_aux", "sinks", "indices", "block_indices")  # what other attentions take
@@ -56,6 +59,7 @@ class Forest:
     parents: tuple[int, ...]  # segment that each one continues, −1 for a root
     is_causal: bool  # False: each token sees its whole segment (encoders)
     sight: Sight
+    mask: BlockMask | None = None  # the same for the fused kernel, where that runs
 
     def to(self, device, **_) -> Forest:
         """The same forest on another device (accelerate calls it)."""
@@ -137,13 +141,16 @@ def forest_attention(
     if others or (window is not None and not is_causal):
         what = others[0] if others else "a window that looks ahead"
         raise ValueError(f"{type(module).__name__} uses {what}, which a forest does not serve")
-    groups = getattr(module, "num_key_value_groups", 1)
-    heads = (x[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
-    bias = keys.get("position_bias")
-    out = attend(sight, *heads, dropout=dropout, scaling=scaling, window=window, bias=bias)
+    if forest.mask is not None and flex.can_fuse(query, dropout, window):
+        out = flex.fused(query, key, value, forest.mask, scaling).transpose(1, 2)
+    else:
+        groups = getattr(module, "num_key_value_groups", 1)
+        heads = (x[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+        bias = keys.get("position_bias")
+        out = attend(sight, *heads, dropout=dropout, scaling=scaling, window=window, bias=bias)[None]
     module.forest_calls = getattr(module, "forest_calls", 0) + 1
     module.forest_window = window
-    return out[None], None
+    return out, None
 
 
 AttentionInterface.register("forest", forest_attention)
@@ -202,11 +209,15 @@ def run_forest(model, forest: Forest, **keys):
         ValueError: a layer did not call the forest attention (recurrent and convolutional layers see across
             segments; the numbers would be wrong in silence), or did not name its sliding window.
     """
+    device = forest.tokens.device
+    if device.type == "cuda" and flex.works(device):
+        rule = forest.lengths, forest.parents, forest.is_causal
+        forest = replace(forest, mask=flex.mask_of(*rule, device))
     with proven(model):
         return model(
             input_ids=forest.tokens[None],
             position_ids=forest.positions[None] + first_position(model),
-            attention_mask=NO_MASK.to(forest.tokens.device),
+            attention_mask=NO_MASK.to(device),
             forest=forest,
             use_cache=False,
             **keys,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Pairs:
     targets: Forest  # causal: start, then all tokens but the last
     labels: Tensor  # [T] int64: the token that each place of the targets' row predicts
     cross: Sight  # the tokens of a target see its source
+    mask: ClassVar[None] = None  # the fused kernel knows no biases
 
     def to(self, device, **_) -> Pairs:
         """The same pairs on another device."""

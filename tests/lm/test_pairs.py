@@ -51,7 +51,7 @@ def test_packed_pairs_give_each_pairs_loss_and_gradients(name, way):
 
 @pytest.mark.parametrize("most", [blocks.SMALL_BLOCK, 0])
 def test_under_autocast_pairs_err_as_little_as_each_pair(monkeypatch, most):
-    """In bfloat16 both are rounded; packed rows are at most twice as far from float32's loss and gradients."""
+    """Both are rounded; packed rows are at most twice as far from float32's loss and gradients."""
     monkeypatch.setattr(blocks, "SMALL_BLOCK", most)
     sources, targets, found = tiny.drawn(SOURCES), tiny.drawn(TARGETS, seed=1), []
     for in_bf16, loss_of in ((False, separate_loss), (True, separate_loss), (True, packed_loss)):
@@ -75,7 +75,7 @@ def test_a_layer_without_attention_is_found_out():
     model = model_of("t5")
     enable_forest(model)
     model.decoder.block[1].layer[1].EncDecAttention = Nothing()
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration calls the forest .* 5 times, not 6"):
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration calls the forest attention 5 times"):
         packed_loss(model, [(5,)], [(6,)])
 
 
