@@ -1,0 +1,71 @@
+"""Layer freezing: all that runs before the last k blocks of a model keeps its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tasks.lm.forest import unwrapped
+
+
+def freeze_layers(model: nn.Module, num_layers_unfrozen: int | None) -> None:
+    """Leave trainable only what runs after the frozen trunk: the last k blocks, the last norm, the head.
+
+    The trunk's outputs then stay what they were. Embeddings belong to it, and with them a head that is tied
+    to them. What is frozen already stays so (the base weights under an adapter).
+
+    Args:
+        model: a causal language model, a reward model or an encoder, bare or under PEFT.
+        num_layers_unfrozen: k; 0: the head and the last norm alone; None: nothing is frozen.
+
+    Raises:
+        ValueError: k is negative or larger than the model, the model has no stack of blocks, or nothing
+            would be left to train.
+    """
+    if num_layers_unfrozen is None:
+        return
+    blocks = blocks_of(model)
+    if not 0 <= num_layers_unfrozen <= len(blocks):
+        raise ValueError(f"num_layers_unfrozen is {num_layers_unfrozen}; the model has {len(blocks)} blocks")
+    trunk = len(blocks) - num_layers_unfrozen
+    for module in (*blocks[:trunk], *_run_before(model, blocks, trunk)):
+        module.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"num_layers_unfrozen is {num_layers_unfrozen}: nothing is left to train")
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The stack of a model's blocks, first to last.
+
+    Raises:
+        ValueError: there is no one stack (encoder-decoders have two).
+    """
+    bare = unwrapped(model)
+    layers = bare.config.get_text_config().num_hidden_layers
+    stacks = [m for m in bare.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    if len(stacks) != 1 or bare.config.is_encoder_decoder:
+        raise ValueError(f"{type(bare).__name__} has no one stack of {layers} blocks to freeze")
+    return stacks[0]
+
+
+@torch.no_grad()
+def _run_before(model: nn.Module, blocks: nn.ModuleList, trunk: int) -> list[nn.Module]:
+    """Modules with parameters of their own that run before block `trunk` does, found by one forward."""
+    bare, found, is_over = unwrapped(model), [], []
+    owners = [m for m in bare.modules() if next(m.parameters(recurse=False), None) is not None]
+
+    def note(module: nn.Module, _) -> None:
+        if not is_over:
+            found.append(module)
+
+    hooks = [module.register_forward_pre_hook(note) for module in owners]
+    if trunk < len(blocks):
+        hooks.append(blocks[trunk].register_forward_pre_hook(lambda *_: is_over.append(True), prepend=True))
+    else:
+        hooks.append(blocks[-1].register_forward_hook(lambda *_: is_over.append(True)))
+    try:
+        bare(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(bare.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
