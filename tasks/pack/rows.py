@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from tasks.pack.bins import best_fit_decreasing
+from tasks.lm.bins import best_fit_decreasing
 from tasks.pack.records import ROWS
 
 BUNDLES_PER_ROW = 8  # and more; larger pieces leave more than 1 % of the rows empty

@@ -22,11 +22,19 @@ class PackedRow:
     tokens: tuple[int, ...]
     lengths: tuple[int, ...]  # tokens of each document
     prompts: tuple[int, ...]  # tokens of each document's prompt; 0: there is none
+    ignored: tuple[int, ...] = ()  # places in the row that are read and never learnt
 
     def documents(self) -> list[tuple[int, ...]]:
         """The documents of the row."""
         ends = [sum(self.lengths[: i + 1]) for i in range(len(self.lengths))]
         return [self.tokens[e - n : e] for e, n in zip(ends, self.lengths, strict=True)]
+
+    def ignored_of_documents(self) -> list[set[int]]:
+        """What is ignored in each document, counted from its first token."""
+        starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
+        return [
+            {i - s for i in self.ignored if s <= i < s + n} for s, n in zip(starts, self.lengths, strict=True)
+        ]
 
 
 def collate(rows: Sequence[PackedRow], loss_on: str = "all") -> dict[str, Forest | torch.Tensor]:
@@ -37,30 +45,31 @@ def collate(rows: Sequence[PackedRow], loss_on: str = "all") -> dict[str, Forest
 
     Returns:
         forest; `predicts` [N] places in the row; `labels` [N] the tokens predicted there. The first token of
-        a document is predicted by nothing; with `loss_on="response"` nor are those of a prompt.
+        a document is predicted by nothing; with `loss_on="response"` nor are those of a prompt; nor, ever,
+        those a row ignores.
     """
     segments: list[Segment] = []
-    documents: list[
-        tuple[list[int], int]
-    ] = []  # the segments of a document, and how many tokens are not learnt
+    chains: list[list[int]] = []  # the segments of each document
+    learnt: list[list[int]] = []  # places in each document
     for row in rows:
-        for prompt, alike in groupby(zip(row.documents(), row.prompts, strict=True), lambda d: d[0][: d[1]]):
-            texts = [text for text, _ in alike]
-            root = []
-            if len(texts) > 1 and 0 < len(prompt) < min(map(len, texts)):
+        of_row = zip(row.documents(), row.prompts, row.ignored_of_documents(), strict=True)
+        for prompt, alike in groupby(of_row, lambda found: found[0][: found[1]]):
+            some, root = list(alike), []
+            if len(some) > 1 and 0 < len(prompt) < min(len(text) for text, _, _ in some):
                 root = [len(segments)]
                 segments.append(Segment(prompt))
-            for text in texts:
-                documents.append(
-                    ([*root, len(segments)], max(1, len(prompt)) if loss_on == "response" else 1)
-                )
+            first = max(1, len(prompt)) if loss_on == "response" else 1
+            for text, _, ignored in some:
+                chains.append([*root, len(segments)])
                 segments.append(Segment(text[len(prompt) :], root[0]) if root else Segment(text))
+                learnt.append([i for i in range(first, len(text)) if i not in ignored])
     forest = plant(segments)
     predicts, targets = [], []
-    for chain, skipped in documents:
+    for chain, wanted in zip(chains, learnt, strict=True):
         places = torch.cat(
             [torch.arange(forest.starts[i], forest.starts[i] + forest.lengths[i]) for i in chain]
         )
-        predicts.append(places[skipped - 1 : -1])
-        targets.append(places[skipped:])
+        index = torch.tensor(wanted, dtype=torch.long)
+        predicts.append(places[index - 1])
+        targets.append(places[index])
     return {"forest": forest, "predicts": torch.cat(predicts), "labels": forest.tokens[torch.cat(targets)]}

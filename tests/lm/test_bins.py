@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.pack.bins import best_fit_decreasing
+from tasks.lm.bins import best_fit_decreasing
 
 CASES = st.integers(1, 60).flatmap(lambda c: st.tuples(st.lists(st.integers(1, c), max_size=80), st.just(c)))
 

@@ -1,0 +1,188 @@
+"""Rows as users have them -> documents, and documents -> packed rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.lm.bins import best_fit_decreasing
+from tasks.sft.records import PackedRow
+
+FORMS = "{text}, {prompt, completion}, {messages} or {input_ids[, labels | completion_mask]}"
+NOT_LEARNT = -100  # transformers' label of a token that is only read
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Tokens of one document.
+
+    Miniature: `Document((5, 6, 7, 1), prompt=2)` learns 7 and 1 where the loss is on responses;
+    `Document((5, 6, 7, 1), 0, ignored=(0, 2))` learns 6 and 1, wherever the loss is.
+    """
+
+    tokens: tuple[int, ...]
+    prompt: int  # tokens of its prompt; 0: there is none
+    ignored: tuple[int, ...] = ()  # places that are read and never learnt
+
+    def teaches(self, loss_on: str) -> bool:
+        """Whether a token is left to learn; nothing predicts the first."""
+        first = max(1, self.prompt) if loss_on == "response" else 1
+        return not set(range(first, len(self.tokens))) <= set(self.ignored)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A dataset -> packed rows, `Reader(tokenizer, 32000, 2048, 4096)(rows, "train_dataset")`."""
+
+    tokenizer: Any  # None serves token ids
+    vocabulary: int  # tokens the model knows
+    row_tokens: int  # of a packed row; a longer document is a row of its own
+    loss_on: str = "all"  # or "response"
+    positions: int | None = None  # most tokens of a document the model has room for
+    max_length: int | None = None  # tokens of a document; longer ones are cut, without eos
+    assistant_only: bool = False  # of a conversation only what its template marks as the assistant's
+
+    def __call__(self, dataset: Collection[PackedRow | Mapping], what: str) -> list[PackedRow]:
+        """All of it; rows that are packed already stay as they are.
+
+        Raises:
+            ValueError: a row that cannot teach, by its number; none at all.
+        """
+        packed, documents = [], []
+        for number, row in enumerate(dataset):
+            try:
+                found = row if isinstance(row, PackedRow) else self._read(row)
+                self._check(found)
+            except ValueError as error:
+                raise ValueError(f"{what}, row {number}: {error}") from error
+            (packed if found is row else documents).append(found)
+        if not packed and not documents:
+            raise ValueError(f"{what} holds no row to learn from")
+        return [*packed, *pack(documents, self.row_tokens)]
+
+    def _read(self, row: Mapping[str, Any]) -> Document:
+        document = read_document(row, self.tokenizer, self.assistant_only)
+        whole, most = len(document.tokens), self.max_length
+        if most is not None and whole > most:
+            ignored = tuple(place for place in document.ignored if place < most)
+            document = Document(document.tokens[:most], min(document.prompt, most), ignored)
+        if not document.teaches(self.loss_on):
+            raise ValueError(f"of {len(document.tokens)} tokens (of {whole}) none is left to learn")
+        return document
+
+    def _check(self, row: PackedRow | Document) -> None:
+        longest = max(row.lengths) if isinstance(row, PackedRow) else len(row.tokens)
+        if self.positions is not None and longest > self.positions:
+            raise ValueError(f"{longest} tokens, the model has room for {self.positions}; set max_length")
+        if wrong := next((token for token in row.tokens if not 0 <= token < self.vocabulary), None):
+            raise ValueError(f"token {wrong} is none of the model's {self.vocabulary}")
+
+
+def pack(documents: Sequence[Document], row_tokens: int) -> list[PackedRow]:
+    """Documents laid into rows best-fit-decreasing; a longer one is a row of its own.
+
+    Documents of a row keep their order, so that neighbours with one prompt share it.
+    """
+    lengths = [min(len(document.tokens), row_tokens) for document in documents]
+    rows = []
+    for members in best_fit_decreasing(lengths, row_tokens):
+        some = [documents[i] for i in sorted(members)]
+        starts = [sum(len(d.tokens) for d in some[:i]) for i in range(len(some))]
+        rows.append(
+            PackedRow(
+                tuple(token for document in some for token in document.tokens),
+                tuple(len(document.tokens) for document in some),
+                tuple(document.prompt for document in some),
+                tuple(s + i for s, d in zip(starts, some, strict=True) for i in d.ignored),
+            )
+        )
+    return rows
+
+
+def read_document(row: Mapping[str, Any], tokenizer, assistant_only: bool = False) -> Document:
+    """One row as a document, its tokens and what is learnt as TRL 1.16 has them.
+
+    Args:
+        row: `{"text"}`; `{"prompt", "completion"}`, texts or conversations (`[{"role": "user", "content":
+            "…"}, …]`); `{"messages"}`, a conversation; or `{"input_ids"}` with or without `labels` (−100: not
+            learnt) or `completion_mask` (0: the prompt). Texts end with eos, conversations as their template
+            says; of one without a prompt the last answer is the response.
+        tokenizer: any; None serves token ids.
+        assistant_only: learn what the chat template marks by `{% generation %}`, and nothing else.
+
+    Raises:
+        ValueError: the row has another form, or its template marks nothing.
+    """
+    if "input_ids" in row:
+        return _of_ids(row)
+    forms = [form for form in (("text",), ("prompt", "completion"), ("messages",)) if set(form) <= row.keys()]
+    if len(forms) != 1:
+        raise ValueError(f"it has {sorted(row)}; {FORMS} is wanted")
+    if tokenizer is None:
+        raise ValueError("it holds text; processing_class, a tokenizer, is wanted")
+    parts = [row[key] for key in forms[0]]
+    kind = list if forms[0] == ("messages",) or isinstance(parts[0], list) else str
+    if not all(isinstance(part, kind) for part in parts) or not parts[-1]:
+        form, wanted = " and ".join(forms[0]), "conversation" if kind is list else "text"
+        raise ValueError(f"{form}: {wanted} is wanted, and not an empty one")
+    if kind is list:
+        whole = [turn for part in parts for turn in part]
+        prompt = parts[0] if len(parts) == 2 else whole[:-1]
+        return _of_conversation(prompt, whole, row, tokenizer, assistant_only)
+    whole = _with_eos("".join(parts), tokenizer)
+    return Document(whole, _shared(_ids(parts[0], tokenizer), whole) if len(parts) == 2 else 0)
+
+
+def _of_ids(row: Mapping[str, Any]) -> Document:
+    tokens = tuple(row["input_ids"])
+    labels, mask = row.get("labels"), row.get("completion_mask")
+    for name, values in (("labels", labels), ("completion_mask", mask)):
+        if values is not None and len(values) != len(tokens):
+            raise ValueError(f"{len(values)} {name} for {len(tokens)} input_ids")
+    if labels is not None:
+        wrong = [i for i, (a, b) in enumerate(zip(labels, tokens, strict=True)) if a not in (b, NOT_LEARNT)]
+        if wrong:
+            raise ValueError(f"label {wrong[0]} is neither its token nor {NOT_LEARNT}")
+        ignored = tuple(i for i, label in enumerate(labels) if label == NOT_LEARNT)
+        return Document(tokens, 0, ignored)
+    if mask is not None:
+        first = next((i for i, learnt in enumerate(mask) if learnt), len(mask))
+        ignored = tuple(i for i in range(first, len(mask)) if not mask[i])
+        return Document(tokens, first, ignored)
+    return Document(tokens, 0)
+
+
+def _of_conversation(prompt: list, whole: list, row, tokenizer, assistant_only: bool) -> Document:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("a conversation, and the tokenizer has no chat template")
+    tools = row.get("tools")
+    keys = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "return_dict": True,
+            **(row.get("chat_template_kwargs") or {})}  # fmt: skip
+    found = tokenizer.apply_chat_template(whole, return_assistant_tokens_mask=assistant_only, **keys)
+    tokens = tuple(found["input_ids"])
+    if assistant_only:
+        learnt = found["assistant_masks"]
+        if not any(learnt):
+            raise ValueError("the chat template marks no token as the assistant's ({% generation %})")
+        return Document(tokens, 0, tuple(i for i, is_own in enumerate(learnt) if not is_own))
+    if not prompt:
+        return Document(tokens, 0)
+    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **keys)["input_ids"]
+    return Document(tokens, _shared(before, tokens))
+
+
+def _with_eos(text: str, tokenizer) -> tuple[int, ...]:
+    ids, eos = _ids(text, tokenizer), tokenizer.eos_token_id
+    return ids if eos is None or ids[-1:] == (eos,) else (*ids, eos)
+
+
+def _ids(text: str, tokenizer) -> tuple[int, ...]:
+    return tuple(tokenizer(text)["input_ids"])
+
+
+def _shared(prompt: Sequence[int], whole: Sequence[int]) -> int:
+    """Tokens of the prompt that begin the whole: where they part, the response begins."""
+    most = min(len(prompt), len(whole))
+    return next((i for i in range(most) if prompt[i] != whole[i]), most)
