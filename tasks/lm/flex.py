@@ -77,7 +77,7 @@ def works(device: torch.device) -> bool:
     Where it fails (an old device, no compiler, a defect), a warning says so and the blocks serve.
     """
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
             wrong = [dtype for dtype in (torch.float32, torch.bfloat16) if not _is_close(device, dtype)]
         if wrong:
             raise RuntimeError(f"flex_attention errs in {wrong[0]}")

@@ -79,7 +79,8 @@ def test_a_tile_mask_gives_the_blocks_attention(monkeypatch, is_causal):
 
 
 def dense(query, key, value, block_mask, **keys):
-    """A kernel that the CPU can run backwards."""
+    """A kernel that the CPU can run backwards; as picky about dtypes as the fused one."""
+    assert query.dtype == key.dtype == value.dtype
     places = torch.arange(query.shape[2])
     sees = block_mask.mask_mod(0, 0, places[:, None], places)
     return functional.scaled_dot_product_attention(query, key, value, sees, **keys)
@@ -114,6 +115,15 @@ def test_a_forest_with_a_mask_takes_the_fused_way(as_if_on_cuda, kind, in_bf16):
     assert tiny.far_gradients(found[1][1], found[0][1]) <= close
 
 
+def test_a_layer_that_cannot_fuse_takes_the_blocks(as_if_on_cuda):
+    forest = grown(3)
+    masked = replace(forest, mask=flex.mask_of(forest.lengths, forest.parents, True, "cpu"))
+    model = tiny.causal(max_position_embeddings=256)  # heads of 8
+    enable_forest(model)
+    assert torch.equal(run_forest(model, masked).logits, run_forest(model, forest).logits)
+    assert not as_if_on_cuda
+
+
 @pytest.mark.parametrize(
     ("size", "dropout", "window", "fuses"),
     [(64, 0.0, None, True), (16, 0.0, None, True), (8, 0.0, None, False), (80, 0.0, None, False),
@@ -141,15 +151,19 @@ def broken(*_, **__):
     [(dense, None), (leaky, "on cpu: flex_attention errs in torch.float32"),
      (not_a_number, "on cpu: flex_attention errs in torch.float32"), (broken, "on cpu: no compiler")],
 )  # fmt: skip
-@torch.inference_mode()
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @torch.autocast("cpu", torch.bfloat16)
-def test_the_self_test_finds_a_wrong_or_broken_kernel(monkeypatch, kernel, message):
-    """Wherever it is first asked: while scoring, under autocast."""
-    monkeypatch.setattr(flex, "_kernel", lambda: kernel)
-    with warnings.catch_warnings(record=True) as said:
+def test_the_self_test_finds_a_wrong_or_broken_kernel(monkeypatch, kernel, message, mode):
+    """In both dtypes, wherever it is first asked: while scoring, under autocast."""
+    asked = []
+    monkeypatch.setattr(
+        flex, "_kernel", lambda: lambda q, *a, **k: (asked.append(q.dtype), kernel(q, *a, **k))[1]
+    )
+    with warnings.catch_warnings(record=True) as said, mode():
         warnings.simplefilter("always")
         assert flex.works.__wrapped__(torch.device("cpu")) is (message is None)
     assert [str(w.message) for w in said] == ([f"no fused forest attention {message}"] if message else [])
+    assert asked == [torch.float32, torch.bfloat16][: 1 if kernel is broken else 2]
 
 
 @needs_cuda
