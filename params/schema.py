@@ -174,6 +174,9 @@ class RewardParams(Section):
     )
     lora_rank: int = Field(0, ge=0, description="of an adapter, which is merged at the end; 0: all weights")
     lora_alpha: Positive = Field(16, description="the adapter's outputs are multiplied by alpha / rank")
+    num_layers_unfrozen: int | None = Field(
+        None, ge=0, description="last blocks that train, with the head; null: all of the model"
+    )
     optimizer: OptimizerName = Field("muon", description="muon: hidden matrices by Muon, the rest by AdamW")
     learning_rate: Positive = Field(1.5e-3, description="peak")
     epochs: Positive = Field(2.25, description="passes over the questions")

@@ -57,7 +57,7 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def merge_checked(model, documents: Sequence[Sequence[int]], tolerance: float = TOLERANCE):
-    """The plain transformers model with the adapter merged into its weights, and the trained score head.
+    """The plain transformers model, adapter and score head merged into its weights, in evaluation mode.
 
     Args:
         model: of :func:`add_adapter`; used up.
@@ -84,9 +84,7 @@ def merge_checked(model, documents: Sequence[Sequence[int]], tolerance: float = 
 @torch.no_grad()
 def _outputs(model: nn.Module, documents: Sequence[Sequence[int]]) -> Tensor:
     """Logits of the documents one by one, without padding, flattened to [N]."""
-    was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     logits = [model(input_ids=torch.tensor([list(ids)], device=device)).logits for ids in documents]
-    model.train(was_training)
     return torch.cat([each.flatten().double() for each in logits])

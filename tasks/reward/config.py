@@ -68,6 +68,9 @@ class RewardConfig(TrainingArguments):
         default="refuse",
         metadata={"help": "a row that cannot teach is an error (refuse), or left out with a warning (drop)"},
     )
+    num_layers_unfrozen: int | None = field(
+        default=None, metadata={"help": "last blocks that train, with the head; None: all of the model"}
+    )
     disable_dropout: bool = field(
         default=True, metadata={"help": "False: the answers to one question share the noise on it"}
     )

@@ -15,6 +15,7 @@ from transformers import EvalPrediction, Trainer, set_seed
 from tasks.lm.adapters import add_adapter, merge_checked
 from tasks.lm.dropout import disable_dropout
 from tasks.lm.forest import serve_forest, unwrapped
+from tasks.lm.freezing import freeze_layers
 from tasks.lm.loading import fit_embeddings, give_pad, load_reward, load_tokenizer
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
@@ -59,12 +60,13 @@ class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
     ) -> None:
         if isinstance(model, str | Path):
             set_seed(args.seed)  # of a fresh score head
-            processing_class = processing_class or load_tokenizer(model, needs_eos=False)
-            model = load_reward(model)
+            processing_class = processing_class or load_tokenizer(model, key="model", needs_eos=False)
+            model = load_reward(model, key="model")
         check_scorer(model)
         _fit_special_tokens(model, processing_class)
         if peft_config is not None:
             model = add_adapter(model, config=peft_config)
+        freeze_layers(model, args.num_layers_unfrozen)
         if args.disable_dropout:
             disable_dropout(model)
         serve_forest(model)
@@ -78,12 +80,7 @@ class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
             uses_gaps=bool(args.margin or args.gap_weight),
             drops=args.invalid_rows == "drop",
         )
-        train = self.read(train_dataset, "train_dataset")
-        lacking = next((group.name for group in train if not group.gaps), None)
-        if self.read.uses_gaps and lacking:
-            raise ValueError(f"train_dataset, {lacking}: margin and gap_weight need the gap of every pair")
-        if args.gap_weight:
-            train = _weighted_by_gap(train, args.gap_weight)
+        train = self._read_training(train_dataset, args.gap_weight)
         self.length_coefficient = args.length_offset * _length_rule(train) if args.length_offset else 0.0
         if eval_dataset is not None:
             eval_dataset = self._read_held_out(eval_dataset)
@@ -103,6 +100,13 @@ class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         )
         self.tokens_seen = 0
         self.model_accepts_loss_kwargs = True  # the loss below divides by the items of the whole batch
+
+    def _read_training(self, dataset: Dataset, gap_power: float) -> list[GroupedAnswers]:
+        groups = self.read(dataset, "train_dataset")
+        lacking = next((group.name for group in groups if not group.gaps), None)
+        if self.read.uses_gaps and lacking:
+            raise ValueError(f"train_dataset, {lacking}: margin and gap_weight need the gap of every pair")
+        return _weighted_by_gap(groups, gap_power) if gap_power else groups
 
     def _read_held_out(self, dataset: Dataset | dict[str, Dataset]):
         if isinstance(dataset, dict):

@@ -78,6 +78,12 @@ def test_a_given_configuration_keeps_the_score_head():
     assert tiny.far(logits(merge_checked(adapter, DOCUMENTS)), wanted) <= 1e-5
 
 
+def test_dropout_of_an_adapter_does_not_disturb_the_check():
+    config = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)
+    adapter = trained(tiny.scorer(), config=config).train()
+    assert not merge_checked(adapter, DOCUMENTS).training
+
+
 def test_a_merge_that_loses_the_head_is_seen(monkeypatch):
     adapter = trained(tiny.scorer(), 2, 4)
     merge = type(adapter.base_model).merge_and_unload

@@ -92,6 +92,28 @@ def test_a_merge_is_checked(tmp_path, monkeypatch):
         made.merged()
 
 
+# ---- frozen layers
+
+
+@pytest.mark.parametrize("peft", [None, LoraConfig(**LORA)])
+def test_layers_are_frozen(tmp_path, peft):
+    """The first block and the embeddings stay; a killed run goes on with what trains."""
+    keys = {"peft": peft, "num_layers_unfrozen": 1, "optimizer": "adamw"}
+    whole = trainer(tmp_path / "whole", **keys)
+    before = {name: weight.clone() for name, weight in whole.model.named_parameters()}
+    whole.train()
+    moved = {name for name, weight in whole.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert moved and not any("layers.0" in name or "embed_tokens" in name for name in moved)
+    assert {"layers.1" in name or "score" in name or "model.norm" in name for name in moved} == {True}
+    assert all("lora" in name or "score" in name for name in moved) is (peft is not None)
+    with pytest.raises(Killed):
+        trainer(tmp_path / "killed", KillAt(3), **keys).train()
+    resumed = trainer(tmp_path / "killed", **keys)
+    resumed.resume()
+    weights = dict(resumed.model.named_parameters())
+    assert all(torch.equal(weights[name], weight) for name, weight in whole.model.named_parameters())
+
+
 # ---- memory
 
 
@@ -147,6 +169,12 @@ def test_dropout_is_off(tmp_path, kind):
     left = trainer(tmp_path, model=tiny.scorer(kind, **DROPOUT[kind]), train=data, disable_dropout=False)
     left.model.train()
     assert not torch.equal(*(left.compute_loss(left.model, part) for _ in range(2)))
+
+
+def test_held_out_scores_have_no_noise(tmp_path):
+    made = trainer(tmp_path, model=tiny.scorer("gpt2", **DROPOUT["gpt2"]), disable_dropout=False, max_steps=1)
+    made.train()
+    assert made.evaluate() == made.evaluate()
 
 
 def test_dropout_stays_in_the_configuration(tmp_path):

@@ -176,6 +176,20 @@ def test_microbatch_tokens_do_not_change_the_batch(packed, tmp_path):
     assert found[100]["loss"] == pytest.approx(found[4096]["loss"], rel=1e-3)
 
 
+def test_a_bad_group_is_named(packed, tmp_path):
+    layout = tiny.project(tmp_path)
+    layout.artifact("sft").parent.mkdir()
+    layout.artifact("sft").symlink_to(packed.artifact("sft"))
+    path = layout.artifact("pack", "groups", "reward.parquet")
+    path.parent.mkdir(parents=True)
+    table = parquet.read_table(packed.artifact("pack", "groups", "reward.parquet"))
+    rows = table.to_pylist()
+    rows[7]["weights"] = [math.nan] * len(rows[7]["pairs"])
+    parquet.write_table(table.from_pylist(rows, schema=table.schema), path)
+    with pytest.raises(ValueError, match=f"_dataset, s.example/{rows[7]['question_id']}: weights .* finite"):
+        run(tiny.params(), layout)
+
+
 def test_the_settings_reach_the_trainer(packed, tmp_path, monkeypatch):
     class Asked(BaseException):
         pass
@@ -187,6 +201,7 @@ def test_the_settings_reach_the_trainer(packed, tmp_path, monkeypatch):
     settings = {
         "weigh": "question", "margin": 0.5, "gap_weight": 1.5, "label_smoothing": 0.25,
         "center_rewards_coefficient": 0.75, "length_offset": 0.375, "learning_rate": 0.5,
+        "num_layers_unfrozen": 1,
     }  # fmt: skip
     for adapter in ({}, {"lora_rank": 3, "lora_alpha": 24}):
         with pytest.raises(Asked) as found:
