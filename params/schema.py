@@ -142,6 +142,11 @@ class SFTParams(Section):
     """Supervised fine-tuning on packed rows."""
 
     loss_on: Literal["all", "response"] = Field("response", description="which tokens are learnt")
+    lora_rank: int = Field(0, ge=0, description="of an adapter that is merged in the end; 0: all weights")
+    lora_alpha: Positive = Field(16, description="the adapter's output is multiplied by alpha / rank")
+    num_layers_unfrozen: int | None = Field(
+        None, ge=0, description="blocks that are trained, from the last; null: the whole model"
+    )
     optimizer: OptimizerName = Field("muon", description="muon: hidden matrices by Muon, the rest by AdamW")
     learning_rate: Positive = Field(3e-3, description="peak")
     epochs: Positive = Field(4, description="passes over the packed rows")

@@ -69,33 +69,34 @@ class MuonAdamW(Optimizer):
         self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, weight_decay: float
     ) -> None:
         keys = {"lr": lr, "weight_decay": weight_decay}
-        self.parts: tuple[Optimizer, Optimizer] = (
-            BatchedMuon(matrices, **keys),
-            AdamW(others, betas=BETAS, **keys),
-        )
+        self.parts: dict[str, Optimizer] = {}  # an adapter leaves nothing to AdamW, a frozen trunk to Muon
+        if matrices:
+            self.parts["muon"] = BatchedMuon(matrices, **keys)
+        if others:
+            self.parts["adamw"] = AdamW(others, betas=BETAS, **keys)
         super().__init__([*matrices, *others], keys)
         self._link()
 
     def _link(self) -> None:
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
     def step(self, closure=None) -> None:
         """One update of both."""
-        for part in self.parts:
+        for part in self.parts.values():
             part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of both."""
-        for part in self.parts:
+        for part in self.parts.values():
             part.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """The states of both, under `muon` and `adamw`."""
-        return {"muon": self.parts[0].state_dict(), "adamw": self.parts[1].state_dict()}
+        return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
+        for name, part in self.parts.items():
             part.load_state_dict(state_dict[name])
         self._link()
 

@@ -1,4 +1,4 @@
-"""Packed rows -> policy: supervised fine-tuning."""
+"""Packed rows, or rows as users have them -> policy: supervised fine-tuning."""
 
 from tasks.sft.records import PackedRow, collate
 from tasks.sft.stage import read_rows, run

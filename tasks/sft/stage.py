@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyarrow import parquet
 
 from params.schema import Params
+from tasks.lm.adapters import add_adapter
 from tasks.lm.loading import create_causal, fit_embeddings, load_causal, load_tokenizer, save_model
 from tasks.run.arguments import training_arguments
 from tasks.run.curve import Curve, plot
@@ -35,7 +36,7 @@ def run(params: Params, layout: Layout) -> StageResult:
     """The stage.
 
     Raises:
-        ValueError: a base model without weights, no training row.
+        ValueError: a base model without weights, no training row, a merge that changes what the model says.
     """
     sft, machine = params.sft, params.machine
     device = use_device(machine.device, machine.threads)
@@ -50,7 +51,9 @@ def run(params: Params, layout: Layout) -> StageResult:
     train, held = read_rows(layout)
     if not train:
         raise ValueError("sft: artifacts/pack/rows holds no training row")
-    given = sft.model_dump(exclude={"batch_rows"})
+    if sft.lora_rank:
+        model = add_adapter(model, sft.lora_rank, sft.lora_alpha)
+    given = sft.model_dump(exclude={"batch_rows", "lora_rank", "lora_alpha"})
     arguments = training_arguments(
         layout.scratch("sft"),
         examples=len(train),
@@ -66,6 +69,8 @@ def run(params: Params, layout: Layout) -> StageResult:
     follow(trainer, "sft")
     trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
     metrics = trainer.evaluate()
+    if sft.lora_rank:
+        model = trainer.merged()
     with staged(layout.artifact("sft", "model")) as folder:
         save_model(model, tokenizer, folder)
     curve = Curve.of_log(trainer.state.log_history, ("loss", "learning_rate", "grad_norm"))

@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn import functional
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
+from tasks.lm.adapters import add_adapter, merge_checked
 from tasks.lm.forest import enable_forest, run_forest
+from tasks.lm.freezing import freeze_layers
+from tasks.lm.loading import fit_embeddings, load_causal, load_tokenizer
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
+from tasks.lm.scoring import positions_of
 from tasks.run.parts import InParts, Parts
 from tasks.run.trainer import SafeCheckpoints
+from tasks.sft.documents import Reader
 from tasks.sft.records import PackedRow, collate
+
+Dataset = Collection[PackedRow | Mapping]  # a list, or a datasets.Dataset
+PROBES = 8  # documents on which a merge is checked
 
 
 @dataclass
 class SFTConfig(TrainingArguments):
-    """`transformers.TrainingArguments`; a batch counts packed rows."""
+    """`transformers.TrainingArguments`; a batch counts packed rows, and so tokens."""
 
     loss_on: str = field(
         default="all", metadata={"help": "all: every token; response: what follows the prompt"}
+    )
+    assistant_only: bool = field(
+        default=False,
+        metadata={"help": "of conversations, learn what the chat template marks by {% generation %}"},
+    )
+    row_tokens: int = field(
+        default=2048, metadata={"help": "tokens of a packed row; a longer document is a row of its own"}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "tokens of a document; longer ones are cut, and end without eos"}
+    )
+    num_layers_unfrozen: int | None = field(
+        default=None, metadata={"help": "blocks that are trained, from the last; None: the whole model"}
     )
     microbatch_tokens: int = field(
         default=0, metadata={"help": "most tokens of one forward; a longer row goes alone; 0: no bound"}
@@ -33,23 +55,88 @@ class SFTConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "rows are records, not columns"})
     report_to: str | list[str] | None = field(default="none")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_on not in ("all", "response"):
+            raise ValueError(f"loss_on is all or response, not {self.loss_on!r}")
+
 
 class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
-    """A light subclass of transformers.Trainer for packed rows.
+    """A light subclass of transformers.Trainer: documents packed without padding, a shared prompt read once.
 
-    Args are Trainer's; `train_dataset` and `eval_dataset` are sequences of :class:`PackedRow`.
+    Five lines tune a model, or an adapter, on a dataset of one's own:
+
+        from tasks.sft import SFTConfig, SFTTrainer
+        rows = [{"prompt": "2 + 2 =", "completion": " 4"}, {"prompt": "3 + 4 =", "completion": " 7"}]
+        trainer = SFTTrainer("path/to/model", SFTConfig("tuned", loss_on="response"), rows)
+        trainer.train()
+        trainer.save_model()
+
+    Args:
+        model: a causal language model, or its folder or Hub id.
+        args: an SFTConfig.
+        train_dataset: :class:`PackedRow`, or rows as :func:`tasks.sft.documents.read_document` takes them.
+        eval_dataset: likewise.
+        processing_class: the tokenizer; the one beside the model where the model is a name.
+        peft_config: of an adapter. :meth:`merged` ends it.
+        keys: Trainer's.
+
+    Raises:
+        ValueError: a model that the forest cannot serve; a row that cannot teach, by its number.
     """
 
-    def __init__(self, model, args: SFTConfig, train_dataset: Sequence[PackedRow], **keys) -> None:
+    def __init__(
+        self,
+        model,
+        args: SFTConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class=None,
+        peft_config=None,
+        **keys,
+    ) -> None:
+        if isinstance(model, str | Path):
+            set_seed(args.seed)  # of embeddings that grow
+            processing_class = processing_class or load_tokenizer(model)
+            model = load_causal(model)
+            fit_embeddings(model, processing_class)
+        if peft_config is not None:
+            model = add_adapter(model, config=peft_config)
+        freeze_layers(model, args.num_layers_unfrozen)
         enable_forest(model)
+        self.read = Reader(
+            tokenizer=processing_class,
+            vocabulary=model.get_input_embeddings().num_embeddings,
+            row_tokens=args.row_tokens,
+            loss_on=args.loss_on,
+            positions=positions_of(model),
+            max_length=args.max_length,
+            assistant_only=args.assistant_only,
+        )
         parts = Parts(
             partial(collate, loss_on=args.loss_on), lambda row: len(row.tokens), args.microbatch_tokens
         )
-        keys.setdefault("data_collator", parts)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, **keys)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=keys.pop("data_collator", parts),
+            train_dataset=self.read(train_dataset, "train_dataset"),
+            eval_dataset=None if eval_dataset is None else self.read(eval_dataset, "eval_dataset"),
+            processing_class=processing_class,
+            **keys,
+        )
         self.tokens_seen = 0
         self.model_accepts_loss_kwargs = True  # the loss below divides by the tokens of the whole batch
         self._loss_shifts_labels = False  # and ours are aligned already: every label counts
+
+    def merged(self):
+        """The plain model, its adapter merged in; checked on documents of the training data.
+
+        Raises:
+            ValueError: it does not say what the adapter says (:func:`tasks.lm.adapters.merge_checked`).
+        """
+        documents = [document for row in self.train_dataset[:PROBES] for document in row.documents()]
+        return merge_checked(self.accelerator.unwrap_model(self.model), documents[:PROBES])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A part's share of the mean negative log-likelihood per predicted token of the batch, nats."""

@@ -28,7 +28,7 @@ def taken(model, part) -> set[str]:
 def test_muon_takes_the_hidden_matrices_alone(make, kind):
     """Embeddings (of positions too), heads, norms and biases stay with AdamW."""
     model = make(kind)
-    muon, adamw = make_optimizer(model, "muon", 1e-3, 0.1).parts
+    muon, adamw = make_optimizer(model, "muon", 1e-3, 0.1).parts.values()
     inner, outer = taken(model, muon), taken(model, adamw)
     layers = r"(layers|h)\.\d+\.(.*(attn|attention|mlp).*|fc[12])"
     assert inner == {n for n, p in model.named_parameters() if p.ndim == 2 and re.search(layers, n)}, (
@@ -64,7 +64,7 @@ def step(model, seed) -> None:
 def test_a_step_is_torchs_own():
     ours, theirs = tiny.causal(), tiny.causal()
     optimizer = make_optimizer(ours, "muon", 3e-3, 0.1)
-    inner = taken(ours, optimizer.parts[0])
+    inner = taken(ours, optimizer.parts["muon"])
     named = dict(theirs.named_parameters())
     muon = Muon(
         [p for n, p in named.items() if n in inner], lr=3e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
@@ -115,7 +115,7 @@ def test_one_schedule_moves_both_parts(loaded):
     if loaded:
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     schedule.step()
-    rates = [group["lr"] for part in optimizer.parts for group in part.param_groups]
+    rates = [group["lr"] for part in optimizer.parts.values() for group in part.param_groups]
     assert rates == [0.5, 0.5] == [group["lr"] for group in optimizer.param_groups]
 
 
@@ -127,3 +127,18 @@ def test_both_parts_are_stepped():
     step(model, 0)
     optimizer.step()
     assert all(not torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_a_part_without_weights_is_left_out():
+    """An adapter has matrices alone; a frozen trunk leaves the head and a norm."""
+    for keep, name in ((".mlp.", "muon"), ("norm", "adamw")):
+        model = tiny.causal()
+        for key, weight in model.named_parameters():
+            weight.requires_grad_(keep in key)
+        optimizer = make_optimizer(model, "muon", 1e-3, 0.0)
+        assert list(optimizer.parts) == [name]
+        model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()
+        before = [p.clone() for p in model.parameters() if p.requires_grad]
+        optimizer.step()
+        assert not any(map(torch.equal, before, (p for p in model.parameters() if p.requires_grad)))
+        optimizer.load_state_dict(optimizer.state_dict())
