@@ -7,14 +7,14 @@ from functools import cache
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from tasks.lm.loading import train_tokenizer
 from tasks.lm.prompt import document_text, encode_documents, encode_prompts
 from tasks.lm.reward_model import RewardModel
 
 QUESTIONS = ["What is 2 + 3?", "Where does `</s>` or <|eos|> end?\n\nTwo  spaces", "Ä ﬁ 日本 🙂?"]
-ANSWERS = ["It is `5`.", " At <|eos|>, [SEP] or </s>.", ""]
+ANSWERS = ["It is `5` , is n't it ?", " At <|eos|>, [SEP] or </s>.", ""]
 
 
 @cache
@@ -79,6 +79,14 @@ def test_an_encoder_reads_the_same_text(tmp_path, kind, closed):
     assert all(ids[0] == own.cls_token_id and ids[-1] == own.sep_token_id for ids in wanted)
     assert sum(ids.count(own.sep_token_id) for ids in wanted) == 3
     assert tiny.far(found.score(prompts, responses, 2), plain_scores(tmp_path, wanted)) <= 1e-5
+
+
+def test_another_eos_is_another_language(tmp_path):
+    raw = tiny.tokenizer().backend_tokenizer
+    known = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<|pad|>", eos_token="!")
+    found = loaded(tmp_path, "llama", known)
+    assert known.get_vocab() == tiny.tokenizer().get_vocab() and not found.shares_tokens
+    assert {ids[-1] for ids in found.documents(*asked())} == {known.eos_token_id}
 
 
 def test_an_encoder_never_reads_the_policys_ids(tmp_path):
