@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -178,8 +178,10 @@ def enable_forest(model) -> None:
     if any(name.endswith("sinks") for name, _ in bare.named_parameters()):
         reasons.append("has attention sinks")
     if not reasons:
-        bare.set_attn_implementation("forest")
-        if bare.config._attn_implementation == "forest":
+        for part in bare.modules():  # T5's halves have a config each
+            if isinstance(part, PreTrainedModel) and not has_forest(part):
+                part.set_attn_implementation("forest")
+        if has_forest(bare):
             return
         reasons.append("has an attention of its own")
     raise ValueError(f"{type(bare).__name__} cannot be served by the forest attention: it {reasons[0]}")

@@ -12,7 +12,8 @@ from tasks.lm.forest import enable_forest, serve_forest
 from tasks.lm.pairs import plant_pairs, run_pairs
 
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-KINDS = {"t5": {}, "mt5": {}, "umt5": {}, "gated": GATED}
+DEFAULT = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
+KINDS = {"t5": {}, "mt5": {}, "umt5": DEFAULT, "gated": GATED}
 SOURCES, TARGETS = (5, 1, 30, 12, 7), (4, 9, 1, 34, 2)
 
 
