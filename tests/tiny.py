@@ -57,7 +57,6 @@ OWN_KEYS = {
     "gemma2": LLAMA | {"head_dim": 8},
     "t5": T5,
     "mt5": T5,
-    "umt5": T5,
     "ctrl": {"n_embd": 16, "dff": 24, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "electra": LLAMA | {"embedding_size": 12},
     "distilbert": {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64},

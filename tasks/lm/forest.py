@@ -27,7 +27,7 @@ from tasks.lm import flex
 from tasks.lm.blocks import Sight, attend, look
 
 OF_OTHERS = ("softcap", "s_aux", "sinks", "indices", "block_indices")  # what other attentions take
-RELATIVE = ("mt5", "t5", "umt5")  # encoder-decoders that tasks.lm.pairs serves
+RELATIVE = ("mt5", "t5")  # encoder-decoders that tasks.lm.pairs serves
 NO_MASK = torch.empty(1, 1, 0, 0)  # any 4-D mask is handed on as it is
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
 
