@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from pyarrow import parquet
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -130,6 +131,20 @@ def far_gradients(found: dict, wanted: dict) -> float:
     scale = max(g.abs().max() for g in wanted.values())
     assert scale > 0
     return float(max((found[n] - wanted[n]).abs().max() for n in wanted) / scale)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        each = out if isinstance(out, tuple | list) else [out]
+        self.elements = max([self.elements, *(t.numel() for t in each if isinstance(t, torch.Tensor))])
+        return out
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tasks.lm.forest import Forest, Segment, has_forest, plant, run_forest
-from tasks.lm.logprobs import token_logprobs
+from tasks.lm.heads import predict
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,44 +87,34 @@ def plant_sequences(sequences: Sequences) -> tuple[Forest, Tensor]:
     return forest.to(device), places.to(device)
 
 
-def read_responses(model, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+def read_responses(
+    model, sequences: Sequences, temperature: float, entropy: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probability and entropy (nats) of each response token, and its value where the model has them.
-
-    Logits are computed for response positions only.
 
     Args:
         model: a causal language model, or one with a value head.
         sequences: B rows.
         temperature: the logits are divided by it.
+        entropy: whether it is wanted.
 
     Returns:
         [B, R] each, zero where there is no token. The value of a token is that of the state before it.
     """
-    mask = sequences.is_response
-    chosen = sequences.responses[mask]  # [N]
+    mask, causal = sequences.is_response, getattr(model, "pretrained_model", model)
     if has_forest(model):
         forest, places = plant_sequences(sequences)
-        out = run_forest(model, forest, logits_to_keep=places)
-        logits, values = _logits_and_values(out)
-        found = (
-            *token_logprobs(logits[0], chosen, temperature),
-            None if values is None else values[0, places],
-        )
+        found = predict(causal, lambda model: run_forest(model, forest), places)
     else:
-        width = mask.shape[1] + 1  # the position before the first response token predicts it
-        out = model(
-            input_ids=sequences.tokens, attention_mask=sequences.is_real.long(), use_cache=False,
-            position_ids=positions_of(sequences.is_real), logits_to_keep=width,
-        )  # fmt: skip
-        logits, values = _logits_and_values(out)
-        values = None if values is None else values[:, -width:-1][mask]
-        found = (*token_logprobs(logits[:, :-1][mask], chosen, temperature), values)
-    logprobs, entropy, values = (None if x is None else _spread(x, mask) for x in found)
-    return logprobs, entropy, values
-
-
-def _logits_and_values(out) -> tuple[Tensor, Tensor | None]:
-    return (out[0], out[2]) if type(out) is tuple else (out.logits, None)
+        width = sequences.tokens.shape[1]
+        rows, columns = mask.nonzero(as_tuple=True)
+        places = rows * width + width - mask.shape[1] - 1 + columns  # the place before a token predicts it
+        keys = {"attention_mask": sequences.is_real.long(), "position_ids": positions_of(sequences.is_real)}
+        found = predict(causal, lambda model: model(sequences.tokens, use_cache=False, **keys), places)
+    said = found.read(sequences.responses[mask], temperature, entropy=entropy)
+    values = model.v_head(found.hidden[places]) if hasattr(model, "v_head") else None
+    each = (None if x is None else _spread(x, mask) for x in (said.logprobs, said.entropy, values))
+    return tuple(each)
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
@@ -134,4 +124,4 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
 
 def response_logprobs(model, sequences: Sequences, temperature: float) -> Tensor:
     """Log-probability of each response token under a causal model, nats. -> [B, R]."""
-    return read_responses(model, sequences, temperature)[0]
+    return read_responses(model, sequences, temperature, entropy=False)[0]

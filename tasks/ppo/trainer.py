@@ -172,7 +172,7 @@ class PPOTrainer:
         """
         config, mask = self.config, sequences.is_response
         with self._precision():
-            logprobs, _, values = read_responses(self.model, sequences, config.temperature)
+            logprobs, _, values = read_responses(self.model, sequences, config.temperature, entropy=False)
         policy, clipped, moved = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
         value = value_loss(values, old_values, returns, mask, config.cliprange_value)
         ((policy + config.vf_coef * value) / count).backward()

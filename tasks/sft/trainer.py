@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 from transformers import Trainer, TrainingArguments, set_seed
 
 from tasks.lm.adapters import add_adapter, merge_checked
 from tasks.lm.forest import enable_forest, run_forest
 from tasks.lm.freezing import freeze_layers
+from tasks.lm.heads import Predictions, predict
 from tasks.lm.loading import fit_embeddings, load_causal, load_tokenizer
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
@@ -140,22 +141,25 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A part's share of the mean negative log-likelihood per predicted token of the batch, nats."""
-        logits, rows = self.inside(model, lambda model: self._logits(model, inputs))
         labels = inputs["labels"]
-        logprobs = logits.float().log_softmax(-1).flatten().gather(0, rows * logits.shape[-1] + labels)
-        loss = self.mean_over_batch(-logprobs, num_items_in_batch)
+
+        def summed_nll(model) -> torch.Tensor:
+            with self._precision():
+                return self._predict(model, inputs).summed_nll(labels)
+
+        nll = self.inside(model, summed_nll)
+        if num_items_in_batch is None:
+            loss = nll / len(labels)
+        else:
+            loss = self.mean_over_batch(nll, num_items_in_batch)
         self.tokens_seen += len(inputs["forest"].tokens)
-        return (loss, {"logits": logits[rows]}) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
-    def _logits(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [U, V] of the places that predict something, each once, and the row [N] of each prediction.
+    def _predict(self, model, inputs) -> Predictions:
+        return predict(model, lambda model: run_forest(model, inputs["forest"]), inputs["predicts"])
 
-        The end of a shared prompt predicts one token of every answer. Taking its hidden state several times
-        would add up its gradients by atomics, in another order each time: no two runs would be the same.
-        """
-        places, rows = inputs["predicts"].unique(return_inverse=True)
-        with autocast(self.args.device, "bfloat16" if self.args.bf16 else "float32"):
-            return run_forest(model, inputs["forest"], logits_to_keep=places).logits[0], rows
+    def _precision(self) -> AbstractContextManager:
+        return autocast(self.args.device, "bfloat16" if self.args.bf16 else "float32")
 
     @torch.no_grad()
     def evaluate(
@@ -165,10 +169,11 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         self.model.eval()
         loss, right, tokens = 0.0, 0, 0
         for part in self.parts_of(self.get_eval_dataloader(eval_dataset)):
-            logits, rows = self._logits(self.model, part)
-            logits, labels = logits.float()[rows], part["labels"]
-            loss += functional.cross_entropy(logits, labels, reduction="sum").item()
-            right += (logits.argmax(-1) == labels).sum().item()
+            labels = part["labels"]
+            with self._precision():
+                said = self._predict(self.model, part).read(labels, best=True)
+            loss -= said.logprobs.sum().item()
+            right += (said.best == labels).sum().item()
             tokens += len(labels)
         found = {
             "loss": loss / tokens,

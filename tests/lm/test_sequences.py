@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import tiny
 import torch
 
+from tasks.lm import logprobs
 from tasks.lm.forest import has_forest, serve_forest
-from tasks.lm.logprobs import token_logprobs
 from tasks.lm.sequences import (
     Sequences,
     lay_out,
@@ -105,6 +103,41 @@ def test_the_forest_is_the_padded_rows(kind, valued):
     assert tiny.far_gradients(found[True][1], found[False][1]) <= 1e-5
 
 
+@pytest.mark.parametrize("planted", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "gpt_neox"])
+@torch.no_grad()
+def test_values_and_entropies_are_those_of_each_row_alone(kind, planted):
+    """Through the value head's own forward, row by row; the value before a token stands with it."""
+    model = AutoModelForCausalLMWithValueHead(tiny.causal(kind))
+    model.v_head.summary.weight.normal_(generator=torch.Generator().manual_seed(3))
+    prompts, responses = tiny.drawn((4, 9, 1), 1), tiny.drawn((5, 1, 3), 2)
+    wanted = [model(torch.tensor([[*p, *r]])) for p, r in zip(prompts, responses, strict=True)]
+    assert serve_forest(model.pretrained_model) or not planted
+    if not planted:
+        model.pretrained_model.set_attn_implementation("sdpa")
+    _, entropies, values = read_responses(model, lay_out(prompts, responses, tiny.PAD, "cpu"), 0.7)
+    for i, (logits, _, of_tokens) in enumerate(wanted):
+        before = slice(len(prompts[i]) - 1, -1)
+        spread = torch.distributions.Categorical(logits=logits[0, before] / 0.7).entropy()
+        assert tiny.far(values[i, : len(responses[i])], of_tokens[0, before]) <= 1e-5
+        assert tiny.far(entropies[i, : len(responses[i])], spread) <= 1e-5
+    assert read_responses(model, lay_out(prompts, responses, tiny.PAD, "cpu"), 0.7, entropy=False)[1] is None
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_the_whole_logits_are_never_made(monkeypatch, planted):
+    """12 response tokens among 26 real ones, 400 in the vocabulary, 3 places at a time."""
+    for name, value in (("LEAST_PLACES", 3), ("CHUNK_LOGITS", {}), ("KEPT_LOGITS", {})):
+        monkeypatch.setattr(logprobs, name, value)
+    model = AutoModelForCausalLMWithValueHead(tiny.causal(vocab_size=400, hidden_size=4, head_dim=2))
+    assert not planted or serve_forest(model.pretrained_model)
+    sequences = lay_out(tiny.drawn((4, 9, 1), 1), tiny.drawn((6, 1, 5), 2), tiny.PAD, "cpu")
+    with tiny.Largest() as seen:
+        read, entropy, values = read_responses(model, sequences, 0.7)
+        (read.sum() + entropy.sum() + values.sum()).backward()
+    assert seen.elements == 400 * 4  # the embeddings; a chunk has 1200
+
+
 @pytest.mark.parametrize("kind", ["gptj", "bloom", "gemma2", "mamba"])
 @torch.no_grad()
 def test_a_model_the_forest_cannot_serve_takes_padded_rows(kind):
@@ -132,22 +165,3 @@ def test_more_padding_and_other_padding_change_nothing(kind):
         )
         found = response_logprobs(model, wide, 1.0) * wide.is_response
         assert tiny.far(found[:, :5], wanted) <= 1e-5 and not found[:, 5:].any()
-
-
-def test_logprobs_and_entropy_by_hand():
-    """Odds 1 : 3 -> p = 1/4, 3/4; at temperature 1/2 the odds are 1 : 9; equal odds of four have ln 4."""
-    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
-    logp, entropy = token_logprobs(logits, torch.tensor([0, 1]))
-    assert logp.tolist() == pytest.approx([math.log(1 / 4), math.log(3 / 4)])
-    assert entropy.tolist() == pytest.approx([0.25 * math.log(4) + 0.75 * math.log(4 / 3)] * 2)
-    assert token_logprobs(logits, torch.tensor([0, 1]), 0.5)[0].tolist() == pytest.approx(
-        [math.log(0.1), math.log(0.9)]
-    )
-    assert token_logprobs(torch.zeros(1, 4), torch.tensor([2]))[1].item() == pytest.approx(math.log(4))
-
-
-def test_logprobs_are_float32_whatever_the_logits():
-    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
-    logp, entropy = token_logprobs(logits, torch.tensor([0, 1, 2]))
-    assert logp.dtype == entropy.dtype == torch.float32
-    assert tiny.far(logp, logits.float().log_softmax(-1)[range(3), range(3)]) == 0
