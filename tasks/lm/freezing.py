@@ -28,7 +28,7 @@ def freeze_layers(model: nn.Module, num_layers_unfrozen: int | None) -> None:
     if not 0 <= num_layers_unfrozen <= len(blocks):
         raise ValueError(f"num_layers_unfrozen is {num_layers_unfrozen}; the model has {len(blocks)} blocks")
     trunk = len(blocks) - num_layers_unfrozen
-    for module in (*blocks[:trunk], *_run_before(model, blocks, trunk)):
+    for module in (*blocks[:trunk], *_run_before(model, blocks, trunk)):  # experts may not all have run
         module.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"num_layers_unfrozen is {num_layers_unfrozen}: nothing is left to train")

@@ -128,6 +128,8 @@ def test_long_documents_are_cut():
         [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, -100]}], "train_dataset"
     )
     assert row == PackedRow((5, 6, 7), (3,), (0,), (0,))
+    (row,) = reader(max_length=3)([{"input_ids": [5, 6, 7, 8, 9], "completion_mask": [0, 0, 0, 0, 1]}], "x")
+    assert row == PackedRow((5, 6, 7), (3,), (3,))
 
 
 GOOD = {"text": "It is 3."}

@@ -144,6 +144,18 @@ def test_few_layers_are_trained(tmp_path, k):
         trainer(tmp_path, wide(), num_layers_unfrozen=3)
 
 
+def test_the_settings_of_rows_reach_them(tmp_path):
+    rows = [{"messages": ASKED + SAID}] * 3
+    made = trainer(tmp_path, wide(), rows, chatty(), row_tokens=80, assistant_only=True)
+    whole = len(chatty().apply_chat_template(ASKED + SAID)["input_ids"])
+    assert 80 / 3 < whole <= 40, "two documents fill a row"
+    assert [row.lengths for row in made.train_dataset] == [(whole, whole), (whole,)]
+    (part,) = made.data_collator(made.train_dataset[1:])["parts"]
+    assert tiny.tokenizer().decode(part["labels"]) == "It is 3.<|eos|>"
+    cut = trainer(tmp_path, wide(), rows, chatty(), row_tokens=80, max_length=whole - 2)
+    assert cut.train_dataset[0].lengths[0] == whole - 2
+
+
 def test_bad_settings_and_models(tmp_path):
     with pytest.raises(ValueError, match="loss_on is all or response, not 'prompt'"):
         SFTConfig(str(tmp_path), loss_on="prompt")
