@@ -36,6 +36,9 @@ class MachineParams(Section):
         "auto", description="auto: cuda where there is one, else cpu"
     )
     threads: int = Field(2, ge=1, description="CPU threads of a training process")
+    onednn: bool = Field(
+        False, description="sft and reward on CPUs: oneDNN's float32 products, where a self-test is for them"
+    )
     microbatch_tokens: int = Field(
         4096, ge=1, description="most tokens in one forward of sft and reward; a longer row goes alone"
     )

@@ -10,6 +10,7 @@ from pyarrow import parquet
 from params.schema import Params
 from tasks.lm.adapters import lora
 from tasks.lm.loading import load_tokenizer, save_model
+from tasks.lm.products import use_onednn_products
 from tasks.lm.reward_model import RewardModel
 from tasks.reward.config import RewardConfig
 from tasks.reward.records import GroupedAnswers, share_prompt
@@ -72,6 +73,8 @@ def run(params: Params, layout: Layout) -> StageResult:
     """
     reward, machine = params.reward, params.machine
     device = use_device(machine.device, machine.threads)
+    if machine.onednn and device.type == "cpu":
+        use_onednn_products()
     seed = derive_seed(params.seed, "reward", "train")
     seed_everything(seed)
     source = layout.artifact("sft", "model")

@@ -24,7 +24,7 @@ from tasks.reward.config import RewardConfig
 from tasks.reward.losses import gap_weights, length_rule, pair_loss
 from tasks.reward.records import GroupedAnswers, collate
 from tasks.reward.rows import Reader
-from tasks.run.parts import InParts, Parts
+from tasks.run.parts import InParts, Parts, part_tokens
 from tasks.run.trainer import SafeCheckpoints
 
 Dataset = Collection[GroupedAnswers | Mapping]  # a list, or a datasets.Dataset
@@ -87,7 +87,7 @@ class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         parts = Parts(
             partial(collate, weigh=args.weigh, is_causal=is_causal),
             partial(GroupedAnswers.tokens, is_causal=is_causal),
-            args.microbatch_tokens,
+            part_tokens(args),
         )
         super().__init__(
             model=model,
@@ -164,14 +164,14 @@ class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
     @torch.no_grad()
     def _evaluate_one(self, groups: Sequence[GroupedAnswers], prefix: str) -> dict[str, float]:
         self.model.eval()
-        own, size = groups[self.args.process_index :: self.args.world_size], self.args.eval_batch_size
         pairs, scores = [], []
-        for part in self.parts_of(self.data_collator(own[i : i + size]) for i in range(0, len(own), size)):
+        for part, counts in self.held_out_parts(groups):
             found = self.scores(self.model, part)
             compared = torch.stack(pair_scores(found, part["pairs"]), 1)
             _refuse_not_finite(compared.sum(1), part["names"], "the score")
-            pairs += compared.tolist()
-            scores += found.tolist()
+            if counts:
+                pairs += compared.tolist()
+                scores += found.tolist()
         pair, score = (torch.tensor(gather_object(values)) for values in (pairs, scores))
         better, worse = pair.unbind(1)
         found = {

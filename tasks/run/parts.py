@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 Found = TypeVar("Found")
 
@@ -41,6 +42,11 @@ class Parts:
         yield part
 
 
+def part_tokens(args: TrainingArguments) -> int:
+    """`args.microbatch_tokens`; 0 where weights are sharded: processes must run equally many forwards."""
+    return 0 if args.fsdp or args.deepspeed else args.microbatch_tokens
+
+
 class InParts:
     """A mixin that stands before Trainer: each part of a batch has a forward and a backward of its own.
 
@@ -59,10 +65,17 @@ class InParts:
                 losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
 
-    def parts_of(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The parts of some batches, on the device."""
-        for batch in batches:
-            yield from map(self._prepare_inputs, batch["parts"])
+    def held_out_parts(self, rows: Sequence[Any]) -> Iterator[tuple[dict[str, Any], bool]]:
+        """Parts of this process's share of some rows, on the device, and whether they count.
+
+        Sharded weights are gathered by all processes at once, so each runs equally many batches: one that has
+        no row left runs the first again, which does not count.
+        """
+        own, size = rows[self.args.process_index :: self.args.world_size], self.args.eval_batch_size
+        for first in range(0, -(-len(rows) // self.args.world_size), size):
+            some = own[first : first + size]
+            for part in self.data_collator(some or rows[:1])["parts"]:
+                yield self._prepare_inputs(part), bool(some)
 
     def mean_over_batch(self, values: Tensor, items: Tensor | int | None) -> Tensor:
         """Sum of `values` over the batch's items; over the number of `values` where Trainer counted none.

@@ -7,6 +7,7 @@ from pyarrow import parquet
 from params.schema import Params
 from tasks.lm.adapters import add_adapter
 from tasks.lm.loading import create_causal, fit_embeddings, load_causal, load_tokenizer, save_model
+from tasks.lm.products import use_onednn_products
 from tasks.run.arguments import training_arguments
 from tasks.run.curve import Curve, plot
 from tasks.run.devices import derive_seed, seed_everything, use_device
@@ -40,6 +41,8 @@ def run(params: Params, layout: Layout) -> StageResult:
     """
     sft, machine = params.sft, params.machine
     device = use_device(machine.device, machine.threads)
+    if machine.onednn and device.type == "cpu":
+        use_onednn_products()
     seed = derive_seed(params.seed, "sft", "train")
     seed_everything(seed)
     tokenizer = load_tokenizer(layout.artifact("pack", "tokenizer"))

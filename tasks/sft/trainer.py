@@ -20,7 +20,7 @@ from tasks.lm.loading import fit_embeddings, load_causal, load_tokenizer
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
 from tasks.lm.scoring import positions_of
-from tasks.run.parts import InParts, Parts
+from tasks.run.parts import InParts, Parts, part_tokens
 from tasks.run.trainer import SafeCheckpoints
 from tasks.sft.documents import Reader
 from tasks.sft.records import PackedRow, collate
@@ -50,7 +50,7 @@ class SFTConfig(TrainingArguments):
         default=None, metadata={"help": "blocks that are trained, from the last; None: the whole model"}
     )
     microbatch_tokens: int = field(
-        default=0, metadata={"help": "most tokens of one forward; a longer row goes alone; 0: no bound"}
+        default=2048, metadata={"help": "most tokens of one forward; a longer row goes alone; 0: no bound"}
     )
     optimizer: str = field(default="adamw", metadata={"help": "adamw or muon (tasks.lm.optimizer)"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "rows are records, not columns"})
@@ -115,7 +115,7 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
             assistant_only=args.assistant_only,
         )
         parts = Parts(
-            partial(collate, loss_on=args.loss_on), lambda row: len(row.tokens), args.microbatch_tokens
+            partial(collate, loss_on=args.loss_on), lambda row: len(row.tokens), part_tokens(args)
         )
         super().__init__(
             model=model,
@@ -163,23 +163,33 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
 
     @torch.no_grad()
     def evaluate(
-        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss (nats), perplexity and token accuracy per predicted token of the held-out documents."""
+        """Loss (nats), perplexity and token accuracy per predicted token of the held-out documents.
+
+        Processes share the work, and all get the whole.
+
+        Raises:
+            ValueError: there is nothing held out.
+        """
+        rows = self.eval_dataset if eval_dataset is None else self.read(eval_dataset, "eval_dataset")
+        if rows is None:
+            raise ValueError("evaluate: there is no eval_dataset")
         self.model.eval()
-        loss, right, tokens = 0.0, 0, 0
-        for part in self.parts_of(self.get_eval_dataloader(eval_dataset)):
+        sums = torch.zeros(3, dtype=torch.float64)  # -log p, right, tokens
+        for part, counts in self.held_out_parts(rows):
             labels = part["labels"]
             with self._precision():
                 said = self._predict(self.model, part).read(labels, best=True)
-            loss -= said.logprobs.sum().item()
-            right += (said.best == labels).sum().item()
-            tokens += len(labels)
+            found = -said.logprobs.sum().item(), (said.best == labels).sum().item(), len(labels)
+            sums += counts * torch.tensor(found)
+        nll, right, tokens = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         found = {
-            "loss": loss / tokens,
-            "perplexity": math.exp(loss / tokens),
+            "loss": nll / tokens,
+            "perplexity": math.exp(nll / tokens),
             "token_accuracy": right / tokens,
         }
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
         self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

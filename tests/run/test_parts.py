@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -37,7 +38,10 @@ class Gradients(TrainerCallback):
 
 
 def trained(kind: str, folder: Path, **arguments) -> dict[str, torch.Tensor]:
-    """Gradients of the last step over eight rows of unequal numbers of items; the model in `folder`/model."""
+    """Gradients of the last step over eight rows of unequal numbers of items.
+
+    The model comes into `folder`/model, what it says of five rows into `folder`/eval.json.
+    """
     keys = {
         "output_dir": str(folder), "max_steps": 1, "use_cpu": True, "disable_tqdm": True,
         "save_strategy": "no", "dataloader_pin_memory": False, "max_grad_norm": 1e9, "learning_rate": 1e-2,
@@ -50,16 +54,19 @@ def trained(kind: str, folder: Path, **arguments) -> dict[str, torch.Tensor]:
             PackedRow(tuple(a + b), (len(a), len(b)), (1, 1))
             for a, b in zip(drawn[:8], drawn[8:16], strict=True)
         ]
-        made = SFTTrainer(tiny.causal(), SFTConfig(**keys), rows, callbacks=[seen])
+        made = SFTTrainer(tiny.causal(), SFTConfig(**keys), rows, rows[:5], callbacks=[seen])
     else:
         groups = [
             GroupedAnswers(tuple(drawn[n]), tuple(map(tuple, drawn[8 + 3 * n : 11 + 3 * n])),
                            ((0, 1), (2, 1), (0, 2))[: 1 + n % 3])
             for n in range(8)
         ]  # fmt: skip
-        made = RewardTrainer(tiny.scorer(), RewardConfig(**keys), groups, callbacks=[seen])
+        made = RewardTrainer(tiny.scorer(), RewardConfig(**keys), groups, groups[:5], callbacks=[seen])
     made.train()
     made.save_model(str(folder / "model"))
+    metrics = made.evaluate()
+    if made.args.process_index == 0:
+        (folder / "eval.json").write_text(json.dumps(metrics))
     return seen.found
 
 
@@ -90,8 +97,8 @@ import sys
 from pathlib import Path
 import test_parts as t
 keys = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
-t.trained(sys.argv[1], Path(sys.argv[2]), per_device_train_batch_size=4, microbatch_tokens=30, max_steps=3,
-          ddp_backend="gloo", **keys)
+t.trained(sys.argv[1], Path(sys.argv[2]), per_device_train_batch_size=4, microbatch_tokens=9, max_steps=3,
+          per_device_eval_batch_size=2, ddp_backend="gloo", **keys)
 """
 
 
@@ -127,4 +134,6 @@ def test_sharded_processes_end_with_the_model_of_one(tmp_path, kind):
     wanted = load_file(tmp_path / "whole/model/model.safetensors")
     assert found.keys() == wanted.keys()
     assert all(tiny.far(found[name], wanted[name]) <= 1e-4 for name in wanted)
+    said, alone = (json.loads((tmp_path / name).read_text()) for name in ("eval.json", "whole/eval.json"))
+    assert said == pytest.approx(alone, rel=1e-3)
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pt"))
