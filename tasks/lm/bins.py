@@ -1,8 +1,12 @@
-"""Best-fit-decreasing bin packing (Johnson 1974), deterministic, O(n log n)."""
+"""Best-fit-decreasing bin packing (Johnson 1974), deterministic, O(n log n), and what to lay as one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
+
+BUNDLES_PER_ROW = 8  # and more; larger pieces leave more than 1 % of the rows empty
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -39,3 +43,26 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
         open_rows[room - n].append(row)
         rooms |= 1 << (room - n)
     return rows
+
+
+def bundle(lengths: Sequence[int], counts: Sequence[int], most: int) -> np.ndarray:
+    """Neighbours that share a prompt together while they have at most `most` tokens; a longer one is alone.
+
+    Args:
+        lengths: tokens of each document.
+        counts: documents of each prompt.
+        most: tokens.
+
+    Returns:
+        Where each bundle stops. Example: lengths [2, 2, 3, 1], counts [3, 1], most 4 -> [2, 3, 4].
+    """
+    stops, place = [], 0
+    for count in counts:
+        room = 0
+        for _ in range(count):
+            if lengths[place] > room:
+                stops.append(place)
+                room = most
+            room -= lengths[place]
+            place += 1
+    return np.array([*stops[1:], place][: len(stops)], np.int64)

@@ -45,6 +45,17 @@ class Predictions:
         return read_tokens(self.states, self.weight, self.bias, self.places, tokens, temperature, **asked)
 
 
+def check_causal(model: nn.Module) -> None:
+    """Refuse what predicts no next token.
+
+    Raises:
+        ValueError: an encoder-decoder, or a model without output embeddings.
+    """
+    bare = unwrapped(model)
+    if bare.config.is_encoder_decoder or bare.get_output_embeddings() is None:
+        raise ValueError(f"{type(bare).__name__} is no causal language model")
+
+
 def predict(model: nn.Module, run: Callable[[nn.Module], Any], places: Tensor) -> Predictions:
     """One forward for N predictions; two, the first time, of a model whose logits are its own.
 
@@ -52,13 +63,8 @@ def predict(model: nn.Module, run: Callable[[nn.Module], Any], places: Tensor) -
         model: a causal language model, bare or under PEFT.
         run: `run(model)` is the model's output for a batch [B, S].
         places: [N] int64, of the B·S places.
-
-    Raises:
-        ValueError: the model has no output embeddings.
     """
     head = unwrapped(model).get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{type(unwrapped(model)).__name__} has no output embeddings")
     if type(head).forward is not nn.Linear.forward:  # an adapter starts as nothing, and would pass the trial
         _is_plain[head] = False
     if head not in _is_plain:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tasks.lm.forest import Forest, Segment, has_forest, plant, run_forest
 from tasks.lm.heads import predict
@@ -85,6 +86,27 @@ def plant_sequences(sequences: Sequences) -> tuple[Forest, Tensor]:
     places = torch.cat([torch.arange(e - r - 1, e - 1) for e, r in zip(ends, answered, strict=True)])
     device = sequences.tokens.device
     return forest.to(device), places.to(device)
+
+
+def pad_forest(forest: Forest) -> tuple[Tensor, Tensor, Tensor]:
+    """Every leaf with its ancestors as a row of its own, padded on the right, for a model no forest serves.
+
+    Returns:
+        tokens [B, S]; is_real [B, S]; and where each of the forest's T places stands in the B·S, [T]: those
+        that several rows repeat, in the first of them.
+    """
+    device, ends = forest.tokens.device, zip(forest.starts, forest.lengths, strict=True)
+    own = [torch.arange(start, start + length, device=device) for start, length in ends]
+    paths: list[Tensor] = []
+    for i, parent in enumerate(forest.parents):
+        paths.append(own[i] if parent < 0 else torch.cat([paths[parent], own[i]]))
+    leaves = [path for i, path in enumerate(paths) if i not in forest.parents]
+    tokens = pad_sequence([forest.tokens[path] for path in leaves], batch_first=True)
+    is_real = pad_sequence([torch.ones_like(path, dtype=torch.bool) for path in leaves], batch_first=True)
+    where = torch.empty_like(forest.tokens)
+    for row, path in reversed(list(enumerate(leaves))):
+        where[path] = row * tokens.shape[1] + torch.arange(len(path), device=device)
+    return tokens, is_real, where
 
 
 def read_responses(

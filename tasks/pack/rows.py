@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 
-from tasks.lm.bins import best_fit_decreasing
+from tasks.lm.bins import BUNDLES_PER_ROW, best_fit_decreasing, bundle
 from tasks.pack.records import ROWS
-
-BUNDLES_PER_ROW = 8  # and more; larger pieces leave more than 1 % of the rows empty
 
 
 def packed(questions: pa.Table, row_tokens: int) -> Iterator[pa.Table]:
@@ -53,29 +51,6 @@ def _packed(questions: pa.Table, row_tokens: int, held: bool) -> pa.Table:
         "is_validation": pa.repeat(held, len(rows)),
     }
     return pa.table([columns[name] for name in ROWS.names], schema=ROWS)
-
-
-def bundle(lengths: Sequence[int], counts: Sequence[int], most: int) -> np.ndarray:
-    """Neighbours of one question together while they have at most `most` tokens; a longer one is alone.
-
-    Args:
-        lengths: tokens of each document.
-        counts: documents of each question.
-        most: tokens.
-
-    Returns:
-        Where each bundle stops. Example: lengths [2, 2, 3, 1], counts [3, 1], most 4 -> [2, 3, 4].
-    """
-    stops, place = [], 0
-    for count in counts:
-        room = 0
-        for _ in range(count):
-            if lengths[place] > room:
-                stops.append(place)
-                room = most
-            room -= lengths[place]
-            place += 1
-    return np.array([*stops[1:], place][: len(stops)], np.int64)
 
 
 def _flat(questions: pa.Table, name: str) -> pa.Array:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
-from tasks.lm.bins import best_fit_decreasing
+import numpy as np
+
+from tasks.lm.bins import BUNDLES_PER_ROW, best_fit_decreasing, bundle
 from tasks.sft.records import PackedRow
 
 FORMS = "{text}, {prompt, completion}, {messages} or {input_ids[, labels | completion_mask]}"
 NOT_LEARNT = -100  # transformers' label of a token that is only read
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +48,29 @@ class Reader:
     positions: int | None = None  # most tokens of a document the model has room for
     max_length: int | None = None  # tokens of a document; longer ones are cut, without eos
     assistant_only: bool = False  # of a conversation only what its template marks as the assistant's
+    drops: bool = False  # a row that cannot teach is left out and named in a warning; else it is refused
 
     def __call__(self, dataset: Collection[PackedRow | Mapping], what: str) -> list[PackedRow]:
         """All of it; rows that are packed already stay as they are.
 
         Raises:
-            ValueError: a row that cannot teach, by its number; none at all.
+            ValueError: a row that cannot teach, by its number; none that can.
         """
-        packed, documents = [], []
+        packed, documents, wrong = [], [], []
         for number, row in enumerate(dataset):
             try:
                 found = row if isinstance(row, PackedRow) else self._read(row)
                 self._check(found)
             except ValueError as error:
-                raise ValueError(f"{what}, row {number}: {error}") from error
-            (packed if found is row else documents).append(found)
+                wrong.append(f"{what}, row {number}: {error}")
+                if not self.drops:
+                    raise ValueError(wrong[-1]) from error
+            else:
+                (packed if found is row else documents).append(found)
+        if wrong:
+            _log.warning("%d of %d rows left out: %s", len(wrong), number + 1, "; ".join(wrong[:5]))
         if not packed and not documents:
-            raise ValueError(f"{what} holds no row to learn from")
+            raise ValueError(f"{what} holds no row to learn from" + "".join(f"; {one}" for one in wrong[:1]))
         return [*packed, *pack(documents, self.row_tokens)]
 
     def _read(self, row: Mapping[str, Any]) -> Document:
@@ -83,19 +94,23 @@ class Reader:
 def pack(documents: Sequence[Document], row_tokens: int) -> list[PackedRow]:
     """Documents laid into rows best-fit-decreasing; a longer one is a row of its own.
 
-    Documents of a row keep their order, so that neighbours with one prompt share it.
+    Neighbours with one prompt stay together, as many as an eighth of a row takes: it is read once for them.
     """
-    lengths = [min(len(document.tokens), row_tokens) for document in documents]
+    lengths = np.array([min(len(document.tokens), row_tokens) for document in documents], np.int64)
+    counts = [len(list(alike)) for _, alike in groupby(documents, lambda d: d.tokens[: d.prompt] or d)]
+    stops = bundle(lengths, counts, row_tokens // BUNDLES_PER_ROW)
+    total = np.append(0, lengths.cumsum())
+    starts = np.append(0, stops[:-1])
     rows = []
-    for members in best_fit_decreasing(lengths, row_tokens):
-        some = [documents[i] for i in sorted(members)]
-        starts = [sum(len(d.tokens) for d in some[:i]) for i in range(len(some))]
+    for members in best_fit_decreasing((total[stops] - total[starts]).tolist(), row_tokens):
+        some = [d for i in sorted(members) for d in documents[starts[i] : stops[i]]]
+        firsts = accumulate((len(d.tokens) for d in some), initial=0)
         rows.append(
             PackedRow(
                 tuple(token for document in some for token in document.tokens),
                 tuple(len(document.tokens) for document in some),
                 tuple(document.prompt for document in some),
-                tuple(s + i for s, d in zip(starts, some, strict=True) for i in d.ignored),
+                tuple(first + i for first, d in zip(firsts, some, strict=False) for i in d.ignored),
             )
         )
     return rows
@@ -113,7 +128,8 @@ def read_document(row: Mapping[str, Any], tokenizer, assistant_only: bool = Fals
         assistant_only: learn what the chat template marks by `{% generation %}`, and nothing else.
 
     Raises:
-        ValueError: the row has another form, or its template marks nothing.
+        ValueError: the row has another form, its template marks nothing, or the tokenizer has no eos token
+            (texts) or no chat template (conversations).
     """
     if "input_ids" in row:
         return _of_ids(row)
@@ -175,7 +191,9 @@ def _of_conversation(prompt: list, whole: list, row, tokenizer, assistant_only: 
 
 def _with_eos(text: str, tokenizer) -> tuple[int, ...]:
     ids, eos = _ids(text, tokenizer), tokenizer.eos_token_id
-    return ids if eos is None or ids[-1:] == (eos,) else (*ids, eos)
+    if eos is None:
+        raise ValueError("the tokenizer has no eos token to end a text with; set one, or give input_ids")
+    return ids if ids[-1:] == (eos,) else (*ids, eos)
 
 
 def _ids(text: str, tokenizer) -> tuple[int, ...]:

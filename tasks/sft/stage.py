@@ -15,8 +15,9 @@ from tasks.run.files import staged
 from tasks.run.follow import follow
 from tasks.run.layout import Layout, StageResult
 from tasks.run.tracking import log_artifact
+from tasks.sft.config import SFTConfig
 from tasks.sft.records import PackedRow
-from tasks.sft.trainer import SFTConfig, SFTTrainer
+from tasks.sft.trainer import SFTTrainer
 
 
 def read_rows(layout: Layout) -> tuple[list[PackedRow], list[PackedRow]]:

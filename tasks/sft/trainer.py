@@ -3,63 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import EvalPrediction, Trainer, set_seed
+from transformers.trainer_utils import PredictionOutput
 
 from tasks.lm.adapters import add_adapter, merge_checked
-from tasks.lm.forest import enable_forest, run_forest
+from tasks.lm.forest import has_forest, run_forest, serve_forest, unwrapped
 from tasks.lm.freezing import freeze_layers
-from tasks.lm.heads import Predictions, predict
+from tasks.lm.heads import Predictions, check_causal, predict
 from tasks.lm.loading import fit_embeddings, load_causal, load_tokenizer
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
 from tasks.lm.scoring import positions_of
+from tasks.lm.sequences import pad_forest
 from tasks.run.parts import InParts, Parts, part_tokens
 from tasks.run.trainer import SafeCheckpoints
+from tasks.sft.config import SFTConfig
 from tasks.sft.documents import Reader
 from tasks.sft.records import PackedRow, collate
 
 Dataset = Collection[PackedRow | Mapping]  # a list, or a datasets.Dataset
 PROBES = 8  # documents on which a merge is checked
-
-
-@dataclass
-class SFTConfig(TrainingArguments):
-    """`transformers.TrainingArguments`; a batch counts packed rows, and so tokens."""
-
-    loss_on: str = field(
-        default="all", metadata={"help": "all: every token; response: what follows the prompt"}
-    )
-    assistant_only: bool = field(
-        default=False,
-        metadata={"help": "of conversations, learn what the chat template marks by {% generation %}"},
-    )
-    row_tokens: int = field(
-        default=2048, metadata={"help": "tokens of a packed row; a longer document is a row of its own"}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "tokens of a document; longer ones are cut, and end without eos"}
-    )
-    num_layers_unfrozen: int | None = field(
-        default=None, metadata={"help": "blocks that are trained, from the last; None: the whole model"}
-    )
-    microbatch_tokens: int = field(
-        default=2048, metadata={"help": "most tokens of one forward; a longer row goes alone; 0: no bound"}
-    )
-    optimizer: str = field(default="adamw", metadata={"help": "adamw or muon (tasks.lm.optimizer)"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "rows are records, not columns"})
-    report_to: str | list[str] | None = field(default="none")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss_on not in ("all", "response"):
-            raise ValueError(f"loss_on is all or response, not {self.loss_on!r}")
 
 
 class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
@@ -77,13 +48,14 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         model: a causal language model, or its folder or Hub id.
         args: an SFTConfig.
         train_dataset: :class:`PackedRow`, or rows as :func:`tasks.sft.documents.read_document` takes them.
-        eval_dataset: likewise.
+        eval_dataset: likewise, or a dict of such.
         processing_class: the tokenizer; the one beside the model where the model is a name.
         peft_config: of an adapter. :meth:`merged` ends it.
         keys: Trainer's.
 
     Raises:
-        ValueError: a model that the forest cannot serve; a row that cannot teach, by its number.
+        ValueError: no causal language model; a row that cannot teach, by its number; several GPUs in one
+            process.
     """
 
     def __init__(
@@ -91,7 +63,7 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         model,
         args: SFTConfig,
         train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class=None,
         peft_config=None,
         **keys,
@@ -101,10 +73,11 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
             processing_class = processing_class or load_tokenizer(model)
             model = load_causal(model)
             fit_embeddings(model, processing_class)
+        check_causal(model)
         if peft_config is not None:
             model = add_adapter(model, config=peft_config)
         freeze_layers(model, args.num_layers_unfrozen)
-        enable_forest(model)
+        serve_forest(model)
         self.read = Reader(
             tokenizer=processing_class,
             vocabulary=model.get_input_embeddings().num_embeddings,
@@ -113,6 +86,7 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
             positions=positions_of(model),
             max_length=args.max_length,
             assistant_only=args.assistant_only,
+            drops=args.invalid_rows == "drop",
         )
         parts = Parts(
             partial(collate, loss_on=args.loss_on), lambda row: len(row.tokens), part_tokens(args)
@@ -122,13 +96,20 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
             args=args,
             data_collator=keys.pop("data_collator", parts),
             train_dataset=self.read(train_dataset, "train_dataset"),
-            eval_dataset=None if eval_dataset is None else self.read(eval_dataset, "eval_dataset"),
+            eval_dataset=None if eval_dataset is None else self._read_held_out(eval_dataset),
             processing_class=processing_class,
             **keys,
         )
+        if args.n_gpu > 1:
+            raise ValueError(f"{args.n_gpu} GPUs in one process: start one process for each (torchrun)")
         self.tokens_seen = 0
         self.model_accepts_loss_kwargs = True  # the loss below divides by the tokens of the whole batch
         self._loss_shifts_labels = False  # and ours are aligned already: every label counts
+
+    def _read_held_out(self, dataset: Dataset | dict[str, Dataset]):
+        if isinstance(dataset, dict):
+            return {name: self.read(rows, f"eval_dataset {name}") for name, rows in dataset.items()}
+        return self.read(dataset, "eval_dataset")
 
     def merged(self):
         """The plain model, its adapter merged in; checked on documents of the training data.
@@ -143,7 +124,7 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         """A part's share of the mean negative log-likelihood per predicted token of the batch, nats."""
         labels = inputs["labels"]
 
-        def summed_nll(model) -> torch.Tensor:
+        def summed_nll(model) -> Tensor:
             with self._precision():
                 return self._predict(model, inputs).summed_nll(labels)
 
@@ -156,40 +137,61 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         return (loss, {}) if return_outputs else loss
 
     def _predict(self, model, inputs) -> Predictions:
-        return predict(model, lambda model: run_forest(model, inputs["forest"]), inputs["predicts"])
+        forest, places = inputs["forest"], inputs["predicts"]
+        if has_forest(unwrapped(model)):
+            return predict(model, lambda model: run_forest(model, forest), places)
+        tokens, is_real, where = pad_forest(forest)
+        keys = {"attention_mask": is_real.long(), "use_cache": False}
+        return predict(model, lambda model: model(tokens, **keys), where[places])
 
     def _precision(self) -> AbstractContextManager:
         return autocast(self.args.device, "bfloat16" if self.args.bf16 else "float32")
 
-    @torch.no_grad()
     def evaluate(
-        self, eval_dataset: Dataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Loss (nats), perplexity and token accuracy per predicted token of the held-out documents.
 
+        `compute_metrics` gets the most probable token in the stead of each predicted one, [N], and these.
         Processes share the work, and all get the whole.
 
         Raises:
             ValueError: there is nothing held out.
         """
-        rows = self.eval_dataset if eval_dataset is None else self.read(eval_dataset, "eval_dataset")
+        rows = self.eval_dataset if eval_dataset is None else self._read_held_out(eval_dataset)
         if rows is None:
             raise ValueError("evaluate: there is no eval_dataset")
-        self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)  # -log p, right, tokens
-        for part, counts in self.held_out_parts(rows):
-            labels = part["labels"]
-            with self._precision():
-                said = self._predict(self.model, part).read(labels, best=True)
-            found = -said.logprobs.sum().item(), (said.best == labels).sum().item(), len(labels)
-            sums += counts * torch.tensor(found)
-        nll, right, tokens = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
-        found = {
-            "loss": nll / tokens,
-            "perplexity": math.exp(nll / tokens),
-            "token_accuracy": right / tokens,
-        }
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
+        if isinstance(rows, dict):
+            metrics: dict[str, float] = {}
+            for name, some in rows.items():
+                metrics |= self._predicted(some, f"{metric_key_prefix}_{name}").metrics
+        else:
+            metrics = self._predicted(rows, metric_key_prefix).metrics
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(
+        self, test_dataset: Dataset, ignore_keys=None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """The most probable token in the stead of each predicted one, these, and what `evaluate` measures."""
+        found = self._predicted(self.read(test_dataset, "test_dataset"), metric_key_prefix)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, found.metrics)
+        return found
+
+    @torch.no_grad()
+    def _predicted(self, rows: Sequence[PackedRow], prefix: str) -> PredictionOutput:
+        self.model.eval()
+        found = []
+        for part, counts in self.held_out_parts(rows):
+            with self._precision():
+                said = self._predict(self.model, part).read(part["labels"], best=True)
+            if counts:
+                found.append([said.logprobs.cpu(), said.best.cpu(), part["labels"].cpu()])
+        logprobs, best, labels = (torch.cat(each) for each in zip(*gather_object(found), strict=True))
+        loss, accuracy = -logprobs.double().mean().item(), (best == labels).double().mean().item()
+        metrics = {"loss": loss, "perplexity": math.exp(loss), "token_accuracy": accuracy}
+        if self.compute_metrics is not None:
+            metrics |= self.compute_metrics(EvalPrediction(best.numpy(), labels.numpy()))
+        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        return PredictionOutput(best.numpy(), labels.numpy(), metrics)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.lm.bins import best_fit_decreasing
+from tasks.lm.bins import best_fit_decreasing, bundle
 
 CASES = st.integers(1, 60).flatmap(lambda c: st.tuples(st.lists(st.integers(1, c), max_size=80), st.just(c)))
 
@@ -79,3 +79,19 @@ def test_rows_are_full_from_200_rows_on(seed):
     rows = best_fit_decreasing(lengths, 256)
     assert len(rows) >= 200
     assert sum(lengths) / (256 * len(rows)) >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts", "stops"),
+    [
+        ([2, 2, 3], [3], [2, 3]),
+        ([5, 1], [2], [1, 2]),
+        ([1, 3, 4], [3], [2, 3]),
+        ([1, 1, 1], [1, 0, 2], [1, 3]),  # of two prompts
+        ([], [0], []),
+        ([], [], []),
+    ],
+)
+def test_bundles_by_hand(lengths, counts, stops):
+    """At most four tokens that share a prompt together; a longer document is alone."""
+    assert bundle(lengths, counts, 4).tolist() == stops

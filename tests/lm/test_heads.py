@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from tasks.lm import heads
-from tasks.lm.heads import predict
+from tasks.lm.heads import check_causal, predict
 
 PLAIN = ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "gptj"]
 TOKENS = torch.tensor(tiny.drawn((9, 9)))
@@ -151,10 +151,12 @@ def test_through_the_wrapper_of_mixed_precision(tmp_path):
         assert predict(wrapped, Runs(), PLACES).weight is not None
 
 
-def test_no_output_embeddings():
-    model = tiny.scorer()
-    with pytest.raises(ValueError, match=r"^LlamaForSequenceClassification has no output embeddings"):
-        predict(model, Runs(), PLACES)
+@pytest.mark.parametrize("model", [tiny.scorer(), tiny.seq2seq(), tiny.scorer("bert")])
+def test_what_predicts_no_next_token_is_refused(model):
+    check_causal(tiny.causal())
+    check_causal(get_peft_model(tiny.causal(), LoraConfig(target_modules="all-linear")))
+    with pytest.raises(ValueError, match=rf"^{type(model).__name__} is no causal language model"):
+        check_causal(model)
 
 
 def test_the_hook_is_taken_away_after_an_error():

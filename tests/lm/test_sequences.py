@@ -7,11 +7,12 @@ import tiny
 import torch
 
 from tasks.lm import logprobs
-from tasks.lm.forest import has_forest, serve_forest
+from tasks.lm.forest import Segment, has_forest, plant, serve_forest
 from tasks.lm.sequences import (
     Sequences,
     lay_out,
     left_pad,
+    pad_forest,
     plant_sequences,
     positions_of,
     read_responses,
@@ -77,6 +78,16 @@ def test_planted_by_hand():
     forest, places = plant_sequences(lay_out([[5, 6], [7]], [[8, 1], [9]], 0, "cpu"))
     assert forest.tokens.tolist() == [5, 6, 8, 1, 7, 9] and forest.starts == (0, 4)
     assert places.tolist() == [1, 2, 4]
+
+
+def test_a_forest_in_padded_rows_by_hand():
+    """Root 5 6 with children 7 and 8 9, and root 2: three rows; the shared root stands in the first."""
+    forest = plant([Segment((5, 6)), Segment((7,), 0), Segment((2,)), Segment((8, 9), 0)])
+    tokens, real, where = pad_forest(forest)
+    assert tokens.tolist() == [[5, 6, 7, 0], [2, 0, 0, 0], [5, 6, 8, 9]]
+    assert real.tolist() == [[T, T, T, F], [T, F, F, F], [T, T, T, T]]
+    assert where.tolist() == [0, 1, 2, 4, 10, 11]
+    assert tokens.flatten()[where].tolist() == forest.tokens.tolist()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "gpt_neox"])

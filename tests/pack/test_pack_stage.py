@@ -12,7 +12,6 @@ from tasks.lm.loading import load_tokenizer
 from tasks.lm.prompt import document_text, prompt_text
 from tasks.pack import run
 from tasks.pack.records import is_validation
-from tasks.pack.rows import bundle
 
 LONG = " ".join(f"word{n}" for n in range(80))
 
@@ -64,22 +63,6 @@ def test_rows_hold_every_document_once_and_decode_to_the_text(packed):
     assert all(len(row["tokens"]) <= params.pack.row_tokens for row in rows)
     assert metrics["rows"] == len(rows) and metrics["sft_tokens"] == sum(len(r["tokens"]) for r in rows)
     assert metrics["row_fill"] == metrics["sft_tokens"] / (len(rows) * params.pack.row_tokens)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "counts", "stops"),
-    [
-        ([2, 2, 3], [3], [2, 3]),
-        ([5, 1], [2], [1, 2]),
-        ([1, 3, 4], [3], [2, 3]),
-        ([1, 1, 1], [1, 0, 2], [1, 3]),  # of two questions
-        ([], [0], []),
-        ([], [], []),
-    ],
-)
-def test_bundles_by_hand(lengths, counts, stops):
-    """At most four tokens of one question together; a longer document is alone."""
-    assert bundle(lengths, counts, 4).tolist() == stops
 
 
 def test_the_answers_to_a_question_stand_side_by_side(tmp_path):

@@ -104,6 +104,26 @@ def test_packing_by_hand():
     assert pack([Document((5, 6, 7), 0)], 2) == [PackedRow((5, 6, 7), (3,), (0,))]
 
 
+def test_neighbours_with_one_prompt_stay_together():
+    """A row of 24 tokens takes bundles of at most 3: the first two; the third begins alike and is alone."""
+    prompt = (5,)
+    documents = [
+        Document((*prompt, 6), 1, (1,)), Document((*prompt,), 1), Document((*prompt, 7), 1, (0,)),
+        Document(tuple(range(5, 26)), 0), Document((5, 9, 9), 0),
+    ]  # fmt: skip
+    assert pack(documents, 24) == [
+        PackedRow((5, 6, 5, *range(5, 26)), (2, 1, 21), (1, 1, 0), (1,)),
+        PackedRow((5, 7, 5, 9, 9), (2, 3), (1, 0), (0,)),
+    ]
+
+
+def test_completions_of_one_prompt_are_read_once():
+    rows = [{"prompt": f"What is {n} + 2?", "completion": f" {n}{m}."} for n in range(9) for m in "abc"]
+    found = reader(row_tokens=512)(rows, "train_dataset")
+    tokens = len(collate(found)["forest"].tokens)
+    assert tokens < 0.6 * sum(len(row.tokens) for row in found)
+
+
 def test_what_a_row_ignores_is_not_learnt():
     """Each document of a shared prompt ignores its own."""
     row = PackedRow((5, 6, 7, 8, 5, 6, 9, 1), (4, 4), (2, 2), (2, 5))
@@ -162,6 +182,23 @@ def test_a_bad_row_is_named(row, keys, message):
     good = {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}
     with pytest.raises(ValueError, match=r"^eval_dataset, " + message):
         reader(**keys)([good, row], "eval_dataset")
+
+
+def test_bad_rows_are_left_out_by_choice(caplog):
+    rows = [GOOD, {"text": ""}, {"input_ids": [5]}, GOOD]
+    found = reader(drops=True)(rows, "train_dataset")
+    assert found == reader()([GOOD, GOOD], "train_dataset")
+    assert "2 of 4 rows left out: train_dataset, row 1: text: text is wanted" in caplog.text
+    with pytest.raises(ValueError, match=r"^train_dataset holds no row to learn from; train_dataset, row 0"):
+        reader(drops=True)([{"text": ""}], "train_dataset")
+
+
+def test_a_tokenizer_without_eos():
+    tokenizer = chatty()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"row 0: the tokenizer has no eos token to end a text with; set"):
+        reader(tokenizer=tokenizer)([GOOD], "train_dataset")
+    assert reader(tokenizer=tokenizer)([{"input_ids": [5, 6]}], "train_dataset")
 
 
 def test_nothing_to_learn_from_and_no_tokenizer():

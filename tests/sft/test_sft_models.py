@@ -159,8 +159,20 @@ def test_the_settings_of_rows_reach_them(tmp_path):
 def test_bad_settings_and_models(tmp_path):
     with pytest.raises(ValueError, match="loss_on is all or response, not 'prompt'"):
         SFTConfig(str(tmp_path), loss_on="prompt")
-    with pytest.raises(ValueError, match="GPTJForCausalLM cannot be served"):
-        trainer(tmp_path, wide(kind="gptj"))
+    for key, value, said in (
+        ("invalid_rows", "skip", "invalid_rows is refuse or drop, not 'skip'"),
+        ("row_tokens", 1, "row_tokens is at least 2, not 1"),
+        ("max_length", 0, "max_length is at least 2, not 0"),
+        ("label_smoothing_factor", 0.1, "label_smoothing_factor: the loss is the plain negative"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            SFTConfig(str(tmp_path), **{key: value})
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification is no causal language model"):
+        trainer(tmp_path, tiny.scorer(vocab_size=330))
+    several = SFTConfig(str(tmp_path), use_cpu=True)
+    several._n_gpu = 2
+    with pytest.raises(ValueError, match=r"2 GPUs in one process: start one process for each"):
+        SFTTrainer(wide(), several, ROWS, processing_class=tiny.tokenizer())
     with pytest.raises(ValueError, match=r"train_dataset, row 0: 65 tokens, the model has room for 64"):
         trainer(tmp_path, wide(), train=[PackedRow(tuple([5] * 65), (65,), (0,))])
 
@@ -188,7 +200,10 @@ SHAPES = {
     "prompt, all": (ROWS, "all", {"completion_only_loss": False}),
     "messages": ([{"messages": ASKED + SAID}, {"messages": ASKED * 2 + SAID}], "all", {}),
     "conversation": ([{"prompt": ASKED, "completion": SAID}] * 2, "response", {}),
+    "assistant": ([{"messages": ASKED + SAID + ASKED + SAID}], "all", {"assistant_only_loss": True}),
     "ids": ([{"input_ids": ids} for ids in tiny.drawn((9, 4, 17))], "all", {}),
+    "labels": ([{"input_ids": ids, "labels": [-100, *ids[1:3], -100, *ids[4:]]}
+                for ids in tiny.drawn((9, 5))], "all", {}),
     "mask": ([{"input_ids": ids, "completion_mask": [0] * 3 + [1] * (len(ids) - 3)}
               for ids in tiny.drawn((9, 5))], "response", {"completion_only_loss": True}),
 }  # fmt: skip
@@ -213,5 +228,5 @@ def test_the_loss_is_that_of_trl(tmp_path, shape):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     wanted = json.loads(done.stdout.splitlines()[-1])["loss"]
-    made = trainer(tmp_path, model, rows, chatty(), loss_on=loss_on)
+    made = trainer(tmp_path, model, rows, chatty(), loss_on=loss_on, assistant_only=shape == "assistant")
     assert loss_and_gradients(made)[0] == pytest.approx(wanted, rel=1e-5)
