@@ -88,12 +88,12 @@ def plant_sequences(sequences: Sequences) -> tuple[Forest, Tensor]:
     return forest.to(device), places.to(device)
 
 
-def pad_forest(forest: Forest) -> tuple[Tensor, Tensor, Tensor]:
-    """Every leaf with its ancestors as a row of its own, padded on the right, for a model no forest serves.
+def pad_forest(forest: Forest) -> tuple[Tensor, Tensor]:
+    """Every leaf with its ancestors as a row of its own, for a causal model that no forest serves.
 
     Returns:
-        tokens [B, S]; is_real [B, S]; and where each of the forest's T places stands in the B·S, [T]: those
-        that several rows repeat, in the first of them.
+        tokens [B, S], padded on the right, where no real token sees it; and where each of the forest's T
+        places stands in the B·S, [T]: those that several rows repeat, in the first of them.
     """
     device, ends = forest.tokens.device, zip(forest.starts, forest.lengths, strict=True)
     own = [torch.arange(start, start + length, device=device) for start, length in ends]
@@ -102,11 +102,10 @@ def pad_forest(forest: Forest) -> tuple[Tensor, Tensor, Tensor]:
         paths.append(own[i] if parent < 0 else torch.cat([paths[parent], own[i]]))
     leaves = [path for i, path in enumerate(paths) if i not in forest.parents]
     tokens = pad_sequence([forest.tokens[path] for path in leaves], batch_first=True)
-    is_real = pad_sequence([torch.ones_like(path, dtype=torch.bool) for path in leaves], batch_first=True)
     where = torch.empty_like(forest.tokens)
     for row, path in reversed(list(enumerate(leaves))):
         where[path] = row * tokens.shape[1] + torch.arange(len(path), device=device)
-    return tokens, is_real, where
+    return tokens, where
 
 
 def read_responses(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -31,6 +32,7 @@ from tasks.sft.records import PackedRow, collate
 
 Dataset = Collection[PackedRow | Mapping]  # a list, or a datasets.Dataset
 PROBES = 8  # documents on which a merge is checked
+_log = logging.getLogger(__name__)
 
 
 class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
@@ -78,6 +80,7 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
             model = add_adapter(model, config=peft_config)
         freeze_layers(model, args.num_layers_unfrozen)
         serve_forest(model)
+        _warn_of_halves(model)
         self.read = Reader(
             tokenizer=processing_class,
             vocabulary=model.get_input_embeddings().num_embeddings,
@@ -140,9 +143,8 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         forest, places = inputs["forest"], inputs["predicts"]
         if has_forest(unwrapped(model)):
             return predict(model, lambda model: run_forest(model, forest), places)
-        tokens, is_real, where = pad_forest(forest)
-        keys = {"attention_mask": is_real.long(), "use_cache": False}
-        return predict(model, lambda model: model(tokens, **keys), where[places])
+        tokens, where = pad_forest(forest)
+        return predict(model, lambda model: model(tokens, use_cache=False), where[places])
 
     def _precision(self) -> AbstractContextManager:
         return autocast(self.args.device, "bfloat16" if self.args.bf16 else "float32")
@@ -195,3 +197,12 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
             metrics |= self.compute_metrics(EvalPrediction(best.numpy(), labels.numpy()))
         metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
         return PredictionOutput(best.numpy(), labels.numpy(), metrics)
+
+
+def _warn_of_halves(model) -> None:
+    halves = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.element_size() < 4}
+    if halves:
+        _log.warning(
+            "%s trains weights in %s, which round small updates away; load it with dtype=torch.float32 and "
+            "set bf16", type(unwrapped(model)).__name__, ", ".join(sorted(halves)),
+        )  # fmt: skip

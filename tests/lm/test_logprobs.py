@@ -241,3 +241,41 @@ def test_small_probabilities_are_summed_in_float32():
     said = read_tokens(states, None, None, torch.tensor([0]), torch.tensor([7]), entropy=True)
     assert said.logprobs.item() == pytest.approx(-math.log(4096), rel=1e-6)
     assert said.entropy.item() == pytest.approx(math.log(4096), rel=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("lower", [False, True])
+def test_on_a_gpu(monkeypatch, lower):
+    """The whole logits' numbers; the same bits, also with one place read often; memory of chunks alone."""
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", {"cuda": 0})
+    monkeypatch.setattr(logprobs, "KEPT_LOGITS", {"cuda": 0})
+    draw = torch.Generator("cuda").manual_seed(0)
+    keys = {"generator": draw, "device": "cuda"}
+    tensors = [torch.randn(4096, 64, **keys), torch.randn(3000, 64, **keys) / 4, torch.randn(3000, **keys)]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    places = torch.cat([torch.randperm(4096, **keys), torch.randint(0, 3, (50_000,), **keys)])
+    tokens, up = torch.randint(0, 3000, places.shape, **keys), torch.randn(len(places), **keys)
+    logp, entropy = plain(*tensors, places, tokens, 0.7)
+    (logp @ up + entropy @ up).backward()
+    wanted = [logp.detach(), entropy.detach(), *taken(tensors)]
+    del logp, entropy
+    found = []
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16, enabled=lower):
+            said = read_tokens(*tensors, places, tokens, 0.7, entropy=True)
+        (said.logprobs @ up + said.entropy @ up).backward()
+        each = [said.logprobs.detach(), said.entropy.detach(), *taken(tensors)]
+        with torch.autocast("cuda", torch.bfloat16, enabled=lower):
+            loss = summed_nll(*tensors, places, tokens, up)
+        loss.backward()
+        found.append([*each, loss.detach(), *taken(tensors)])
+        assert torch.cuda.max_memory_allocated() - before < 4 * 4096 * 3000 / 2
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+    bound = 3e-2 if lower else 1e-5
+    assert all(tiny.far(a.cpu(), b.cpu()) <= bound for a, b in zip(found[0][:5], wanted, strict=True))
+    (-(plain(*tensors, places, tokens)[0] * up).sum()).backward()
+    gradients = taken(tensors)
+    assert all(tiny.far(a.cpu(), b.cpu()) <= bound for a, b in zip(found[0][6:], gradients, strict=True))

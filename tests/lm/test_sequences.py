@@ -83,9 +83,8 @@ def test_planted_by_hand():
 def test_a_forest_in_padded_rows_by_hand():
     """Root 5 6 with children 7 and 8 9, and root 2: three rows; the shared root stands in the first."""
     forest = plant([Segment((5, 6)), Segment((7,), 0), Segment((2,)), Segment((8, 9), 0)])
-    tokens, real, where = pad_forest(forest)
+    tokens, where = pad_forest(forest)
     assert tokens.tolist() == [[5, 6, 7, 0], [2, 0, 0, 0], [5, 6, 8, 9]]
-    assert real.tolist() == [[T, T, T, F], [T, F, F, F], [T, T, T, T]]
     assert where.tolist() == [0, 1, 2, 4, 10, 11]
     assert tokens.flatten()[where].tolist() == forest.tokens.tolist()
 

@@ -117,6 +117,11 @@ def test_neighbours_with_one_prompt_stay_together():
     ]
 
 
+def test_neighbours_with_prompts_of_one_length_do_not():
+    documents = [Document((5,), 1), Document((7, 8), 1), Document((9,) * 22, 0)]
+    assert [row.lengths for row in pack(documents, 24)] == [(2, 22), (1,)]
+
+
 def test_completions_of_one_prompt_are_read_once():
     rows = [{"prompt": f"What is {n} + 2?", "completion": f" {n}{m}."} for n in range(9) for m in "abc"]
     found = reader(row_tokens=512)(rows, "train_dataset")

@@ -33,6 +33,7 @@ def test_several_datasets_and_rows_given_late(tmp_path):
     assert {"eval_a_loss", "eval_b_loss", "eval_a_perplexity", "eval_b_token_accuracy"} <= set(found)
     assert found["eval_a_loss"] == pytest.approx(made.evaluate(HELD[:1])["eval_loss"], rel=1e-6)
     both = made.evaluate({"c": HELD}, metric_key_prefix="late")["late_c_loss"]
+    assert made.state.log_history[0]["eval_a_loss"] == found["eval_a_loss"]
     low, high = sorted((found["eval_a_loss"], found["eval_b_loss"]))
     assert low < both < high
     with pytest.raises(ValueError, match=r"^eval_dataset b, row 0: text: text is wanted"):

@@ -66,8 +66,10 @@ def test_the_five_lines_of_the_docstring(tmp_path, monkeypatch):
 def test_held_out_rows_are_read_too(tmp_path):
     made = trainer(tmp_path, wide(), held=[{"text": "It is 3."}, {"text": "What?"}])
     assert made.evaluate()["eval_perplexity"] > 1
+    held = [{"text": "It is 3."}, {"text": ""}]
     with pytest.raises(ValueError, match=r"eval_dataset, row 1: text: text is wanted"):
-        trainer(tmp_path, wide(), held=[{"text": "It is 3."}, {"text": ""}])
+        trainer(tmp_path, wide(), held=held)
+    assert len(trainer(tmp_path, wide(), held=held, invalid_rows="drop").eval_dataset) == 1
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -154,6 +156,17 @@ def test_the_settings_of_rows_reach_them(tmp_path):
     assert tiny.tokenizer().decode(part["labels"]) == "It is 3.<|eos|>"
     cut = trainer(tmp_path, wide(), rows, chatty(), row_tokens=80, max_length=whole - 2)
     assert cut.train_dataset[0].lengths[0] == whole - 2
+
+
+def test_half_precision_weights_are_warned_of(tmp_path, caplog):
+    trainer(tmp_path, wide())
+    assert not caplog.records
+    made = trainer(tmp_path, wide().bfloat16(), max_steps=1)
+    assert "LlamaForCausalLM trains weights in torch.bfloat16, which round small updates" in caplog.text
+    made.train()
+    caplog.clear()
+    trainer(tmp_path, wide().bfloat16(), peft_config=LoraConfig(r=4, target_modules="all-linear"))
+    assert not caplog.records
 
 
 def test_bad_settings_and_models(tmp_path):
