@@ -6,7 +6,7 @@ from functools import cache
 
 import tiny
 import torch
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
 
 from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer
 
@@ -20,25 +20,6 @@ def chat_tokenizer():
         tokenizer_object=tiny.tokenizer().backend_tokenizer, pad_token="<|pad|>", eos_token="<|eos|>",
         chat_template=CHAT,
     )  # fmt: skip
-
-
-class Killed(BaseException):
-    pass
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise Killed
-
-
-class FirstGradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        if state.global_step == 0:
-            self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def groups(count: int, seed: int = 0) -> list[GroupedAnswers]:

@@ -7,16 +7,9 @@ import math
 import pytest
 import tiny
 import torch
-from made_rewards import (
-    FirstGradients,
-    KillAt,
-    Killed,
-    groups,
-    padded_loss,
-    padded_scores,
-    trainer,
-)
+from made_rewards import groups, padded_loss, padded_scores, trainer
 from peft import LoraConfig, PeftModel
+from trainings import FirstGradients, KillAt, Killed
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,

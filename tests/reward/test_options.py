@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from made_rewards import FirstGradients, groups, padded_scores, trainer
+from made_rewards import groups, padded_scores, trainer
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
+from trainings import FirstGradients, run_in_two
 
 from tasks.reward import NOTHING, GroupedAnswers, RewardConfig
 from tasks.reward.losses import length_rule
@@ -201,14 +198,7 @@ def way(name: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["question", "all", "adapter", "bert"])
 def test_two_processes_make_the_whole_batch(tmp_path, name):
-    (tmp_path / "rank.py").write_text(RANK)
-    here = Path(__file__).parent
-    path = f"{here}:{here.parent}:{here.parents[1]}"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(
-        [*launch, tmp_path / "rank.py", name, tmp_path], check=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    run_in_two(RANK, tmp_path, name, tmp_path, beside=__file__)
     whole, _ = first_step(tmp_path, some(), **way(name))
     metrics = trainer(tmp_path, train=some(), held=groups(5), **way(name)).evaluate()
     for rank in (0, 1):

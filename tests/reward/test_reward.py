@@ -8,8 +8,9 @@ import math
 import pytest
 import tiny
 import torch
-from made_rewards import FirstGradients, KillAt, Killed, groups, padded_loss, padded_scores, trainer
+from made_rewards import groups, padded_loss, padded_scores, trainer
 from pyarrow import parquet
+from trainings import FirstGradients, KillAt, Killed
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tasks import pack, ppo, reward_eval

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from trainings import FirstGradients, run_in_two
 
 from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer
 from tasks.run.parts import Parts
@@ -32,13 +29,8 @@ def test_parts_by_hand():
     assert sizes(0, [3, 4, 5, 9]) == [[3, 4, 5, 9]]
 
 
-class Gradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        self.found = {n: p.grad.clone() for n, p in model.named_parameters()}
-
-
 def trained(kind: str, folder: Path, **arguments) -> dict[str, torch.Tensor]:
-    """Gradients of the last step over eight rows of unequal numbers of items.
+    """Gradients of the first step over eight rows of unequal numbers of items.
 
     The model comes into `folder`/model, what it says of five rows into `folder`/eval.json.
     """
@@ -48,7 +40,7 @@ def trained(kind: str, folder: Path, **arguments) -> dict[str, torch.Tensor]:
         **arguments,
     }  # fmt: skip
     drawn = tiny.drawn([3 + n % 5 for n in range(32)])
-    seen = Gradients()
+    seen = FirstGradients()
     if kind == "sft":
         rows = [
             PackedRow(tuple(a + b), (len(a), len(b)), (1, 1))
@@ -102,22 +94,11 @@ t.trained(sys.argv[1], Path(sys.argv[2]), per_device_train_batch_size=4, microba
 """
 
 
-def run_in_two(program: str, kind: str, folder: Path) -> None:
-    (folder / "rank.py").write_text(program)
-    tests = Path(__file__).parents[1]
-    path = f"{Path(__file__).parent}:{tests}:{tests.parent}"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(
-        [*launch, folder / "rank.py", kind, folder], check=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_two_processes_make_the_whole_batch(tmp_path, kind):
     """Each takes half of the batch, in parts, with another number of items than the other."""
-    run_in_two(RANK, kind, tmp_path)
+    run_in_two(RANK, tmp_path, kind, tmp_path, beside=__file__)
     whole = trained(kind, tmp_path, per_device_train_batch_size=8)
     for rank in (0, 1):
         assert tiny.far_gradients(load_file(tmp_path / f"rank-{rank}.safetensors"), whole) <= 1e-5
@@ -127,7 +108,7 @@ def test_two_processes_make_the_whole_batch(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_sharded_processes_end_with_the_model_of_one(tmp_path, kind):
     """Weights sharded by FSDP over two processes, exported whole as safetensors."""
-    run_in_two(SHARDED, kind, tmp_path)
+    run_in_two(SHARDED, tmp_path, kind, tmp_path, beside=__file__)
     found = load_file(tmp_path / "model/model.safetensors")
     (tmp_path / "whole").mkdir()
     trained(kind, tmp_path / "whole", per_device_train_batch_size=8, max_steps=3)

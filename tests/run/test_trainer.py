@@ -1,19 +1,15 @@
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from trainings import KillAt, Killed, run_in_two
 from transformers import (
     EarlyStoppingCallback,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
@@ -23,19 +19,6 @@ from tasks.run.trainer import SafeCheckpoints
 
 class SafeTrainer(SafeCheckpoints, Trainer):
     pass
-
-
-class Killed(BaseException):
-    pass
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise Killed
 
 
 def tiny(tied=True):
@@ -266,12 +249,8 @@ except t.Killed:
 
 @pytest.mark.slow
 def test_two_ranks_go_on_bit_for_bit(tmp_path):
-    (tmp_path / "rank.py").write_text(RANK)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    here = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}"}
     for folder, kill in (("whole", 0), ("killed", 4), ("killed", 0)):
-        command = [*launch, tmp_path / "rank.py", tmp_path / folder, str(kill)]
-        subprocess.run(command, env={**here, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+        run_in_two(RANK, tmp_path, tmp_path / folder, kill, beside=__file__)
     for rank in (0, 1):
         name = f"facts-{rank}.json"
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()

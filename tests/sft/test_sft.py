@@ -9,7 +9,8 @@ import pytest
 import tiny
 import torch
 from pyarrow import parquet
-from transformers import AutoModelForCausalLM, TrainerCallback
+from trainings import FirstGradients, KillAt, Killed
+from transformers import AutoModelForCausalLM
 
 from tasks import pack
 from tasks.lm import logprobs
@@ -17,19 +18,6 @@ from tasks.lm.forest import enable_forest
 from tasks.sft import PackedRow, SFTConfig, SFTTrainer, collate, read_rows, run
 
 ROW = PackedRow((5, 6, 1, 7, 8, 9, 1), (3, 4), (2, 1))
-
-
-class Killed(BaseException):
-    pass
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise Killed
 
 
 def rows(count: int, seed: int = 0) -> list[PackedRow]:
@@ -187,14 +175,6 @@ def test_bfloat16_is_near_float32(tmp_path):
     half = trainer(tmp_path, bf16=True).evaluate()["eval_loss"]
     whole = trainer(tmp_path).evaluate()["eval_loss"]
     assert half == pytest.approx(whole, rel=0.05) and half != whole
-
-
-class FirstGradients(TrainerCallback):
-    """The gradients of the first optimizer step, before they are clipped."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        if state.global_step == 0:
-            self.found = {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
 def test_microbatches_make_one_batch(tmp_path):
