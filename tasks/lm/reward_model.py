@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tasks.lm.loading import fit_embeddings, load_reward, load_tokenizer
 from tasks.lm.prompt import encode_texts, without_eos
-from tasks.lm.scoring import is_encoder, positions_of, score_documents
+from tasks.lm.scoring import is_encoder, room_of, score_documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class RewardModel:
             return whole
         clean = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         found = encode_texts(self.tokenizer, self.policy_tokenizer.batch_decode(whole, **clean))
-        most = positions_of(self.model)
+        most = room_of(self.model)
         if is_encoder(self.model):
             return [ids if most is None or len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in found]
         eos = self.policy_tokenizer.eos_token_id

@@ -38,7 +38,7 @@ def is_encoder(model) -> bool:
     return bare.config.is_encoder_decoder or not hasattr(bare, "score")
 
 
-def positions_of(model) -> int | None:
+def room_of(model) -> int | None:
     """Most tokens of a document that the model has places for; None: no bound."""
     most = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
     return most and most - first_position(model)
