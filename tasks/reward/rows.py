@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tasks.reward.records import NOTHING, GroupedAnswers, check, cut, share_prompt
+from tasks.run.rows import read_rows
 
 FORMS = "{[prompt,] chosen, rejected}, {chosen_ids, rejected_ids} or {prompt, response, label}"
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,30 +31,20 @@ class Reader:
         Raises:
             ValueError: a row that cannot teach, by its name; none that can.
         """
-        found, wrong = [], []
-        for number, row in enumerate(dataset):
-            is_group = isinstance(row, GroupedAnswers)
-            name = (row.name if is_group else str(row.get("id", ""))) or f"row {number}"
-            try:
-                found.append(replace(self._read(row), name=name))
-            except ValueError as error:
-                wrong.append(f"{what}, {name}: {error}")
-                if not self.drops:
-                    raise ValueError(wrong[-1]) from error
-        if wrong:
-            _log.warning("%d of %d rows left out: %s", len(wrong), number + 1, "; ".join(wrong[:5]))
-        if not found:
-            raise ValueError(f"{what} holds no row to learn from" + "".join(f"; {one}" for one in wrong[:1]))
-        return found
+        return read_rows(dataset, what, self._read, self.drops, _name_of)
 
-    def _read(self, row: GroupedAnswers | Mapping) -> GroupedAnswers:
+    def _read(self, row: GroupedAnswers | Mapping, name: str) -> GroupedAnswers:
         group = row if isinstance(row, GroupedAnswers) else read_row(row, self.tokenizer)
         if group is not row and group.gaps and not self.uses_gaps:
             raise ValueError("it has a margin, which nothing uses; set margin (1: as TRL) or gap_weight")
         if self.max_length is not None:
             group = cut(group, self.max_length, keep_last=not self.is_causal)
         check(group, self.vocabulary, self.positions)
-        return group
+        return replace(group, name=name)
+
+
+def _name_of(row: GroupedAnswers | Mapping) -> str:
+    return row.name if isinstance(row, GroupedAnswers) else str(row.get("id", ""))
 
 
 def read_row(row: Mapping[str, Any], tokenizer) -> GroupedAnswers:
@@ -63,9 +52,9 @@ def read_row(row: Mapping[str, Any], tokenizer) -> GroupedAnswers:
 
     Args:
         row: `{"chosen", "rejected"}` with or without `prompt`, texts or conversations (`[{"role": "user",
-            "content": "…"}, …]`); or `{"chosen_ids",
-            "rejected_ids"}`, whole documents; or `{"prompt", "response", "label"}`, the label 1 or true for a
-            good response, 0 or false for a bad one. Beside them `weight` and `margin` (the pair's gap).
+            "content": "…"}, …]`); or `{"chosen_ids", "rejected_ids"}`, whole documents; or `{"prompt",
+            "response", "label"}`, the label 1 or true for a good response, 0 or false for a bad one. Beside
+            them `weight` and `margin` (the pair's gap).
         tokenizer: any; None serves rows of token ids.
 
     Raises:

@@ -19,11 +19,12 @@ from tasks.lm.freezing import freeze_layers
 from tasks.lm.loading import fit_embeddings, give_pad, load_reward, load_tokenizer
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
-from tasks.lm.scoring import check_scorer, forest_scores, is_encoder, positions_of
+from tasks.lm.scoring import check_scorer, forest_scores, is_encoder, room_of
 from tasks.reward.config import RewardConfig
 from tasks.reward.losses import gap_weights, length_rule, pair_loss
 from tasks.reward.records import GroupedAnswers, collate
 from tasks.reward.rows import Reader
+from tasks.run.held_out import HeldOut
 from tasks.run.parts import InParts, Parts, part_tokens
 from tasks.run.trainer import SafeCheckpoints
 
@@ -31,7 +32,7 @@ Dataset = Collection[GroupedAnswers | Mapping]  # a list, or a datasets.Dataset
 PROBES = 8  # groups on which a merge is checked
 
 
-class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
+class RewardTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
     """A light subclass of transformers.Trainer over a sequence-classification model with one label.
 
     Args:
@@ -74,7 +75,7 @@ class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         self.read = Reader(
             tokenizer=processing_class,
             vocabulary=model.get_input_embeddings().num_embeddings,
-            positions=positions_of(model),
+            positions=room_of(model),
             is_causal=is_causal,
             max_length=args.max_length,
             uses_gaps=bool(args.margin or args.gap_weight),
@@ -83,7 +84,7 @@ class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         train = self._read_training(train_dataset, args.gap_weight)
         self.length_coefficient = args.length_offset * _length_rule(train) if args.length_offset else 0.0
         if eval_dataset is not None:
-            eval_dataset = self._read_held_out(eval_dataset)
+            eval_dataset = self.read_held_out(eval_dataset)
         parts = Parts(
             partial(collate, weigh=args.weigh, is_causal=is_causal),
             partial(GroupedAnswers.tokens, is_causal=is_causal),
@@ -108,11 +109,6 @@ class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
             raise ValueError(f"train_dataset, {lacking}: margin and gap_weight need the gap of every pair")
         return _weighted_by_gap(groups, gap_power) if gap_power else groups
 
-    def _read_held_out(self, dataset: Dataset | dict[str, Dataset]):
-        if isinstance(dataset, dict):
-            return {name: self.read(rows, f"eval_dataset {name}") for name, rows in dataset.items()}
-        return self.read(dataset, "eval_dataset")
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A part's share of the batch's mean loss, nats.
 
@@ -126,10 +122,7 @@ class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         centering = args.center_rewards_coefficient or 0.0
         losses = inputs["weights"] * pair_loss(better, worse, ahead, args.label_smoothing, centering)
         _refuse_not_finite(losses, inputs["names"], f"step {self.state.global_step}: the loss")
-        if num_items_in_batch is None:
-            loss = losses.sum() / len(inputs["labels"])
-        else:
-            loss = self.mean_over_batch(losses, num_items_in_batch)
+        loss = self.mean_over_batch(losses.sum(), len(inputs["labels"]), num_items_in_batch)
         self.tokens_seen += len(inputs["forest"].tokens)
         return (loss, {"margins": better - worse}) if return_outputs else loss
 
@@ -138,31 +131,15 @@ class RewardTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         with autocast(self.args.device, "bfloat16" if self.args.bf16 else "float32"):
             return forest_scores(model, inputs["forest"], inputs["answers"])
 
-    def evaluate(
-        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Plain pairwise loss (nats; no weight, margin or other option) and accuracy over the held-out pairs.
+    @torch.no_grad()
+    def measure(self, groups: Sequence[GroupedAnswers], prefix: str) -> dict[str, float]:
+        """Plain pairwise loss (nats; no weight, margin or other option) and accuracy over held-out pairs.
 
-        A tie is wrong. Mean and deviation of the scores. Processes share the work, and all get the whole.
+        A tie is wrong. Mean and deviation of the scores.
 
         Raises:
-            ValueError: there is nothing held out; a score is not finite, with its row.
+            ValueError: a score is not finite, with its row.
         """
-        groups = self.eval_dataset if eval_dataset is None else self._read_held_out(eval_dataset)
-        if groups is None:
-            raise ValueError("evaluate: there is no eval_dataset")
-        if isinstance(groups, dict):
-            metrics: dict[str, float] = {}
-            for name, some in groups.items():
-                metrics |= self._evaluate_one(some, f"{metric_key_prefix}_{name}")
-        else:
-            metrics = self._evaluate_one(groups, metric_key_prefix)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    @torch.no_grad()
-    def _evaluate_one(self, groups: Sequence[GroupedAnswers], prefix: str) -> dict[str, float]:
         self.model.eval()
         pairs, scores = [], []
         for part, counts in self.held_out_parts(groups):

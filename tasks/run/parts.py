@@ -65,27 +65,15 @@ class InParts:
                 losses.append(super().training_step(model, part, num_items_in_batch))
         return torch.stack(losses).sum()
 
-    def held_out_parts(self, rows: Sequence[Any]) -> Iterator[tuple[dict[str, Any], bool]]:
-        """Parts of this process's share of some rows, on the device, and whether they count.
-
-        Sharded weights are gathered by all processes at once, so each runs equally many batches: one that has
-        no row left runs the first again, which does not count.
-        """
-        own, size = rows[self.args.process_index :: self.args.world_size], self.args.eval_batch_size
-        for first in range(0, -(-len(rows) // self.args.world_size), size):
-            some = own[first : first + size]
-            for part in self.data_collator(some or rows[:1])["parts"]:
-                yield self._prepare_inputs(part), bool(some)
-
-    def mean_over_batch(self, values: Tensor, items: Tensor | int | None) -> Tensor:
-        """Sum of `values` over the batch's items; over the number of `values` where Trainer counted none.
+    def mean_over_batch(self, total: Tensor, own: int, items: Tensor | int | None) -> Tensor:
+        """A part's sum over the items of the batch; over its `own` where Trainer counted none.
 
         Data parallel processes average their gradients, so each gives its sum times their number.
         """
         if items is None:
-            return values.mean()
+            return total / own
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return values.sum() / items * processes
+        return total / items * processes
 
     def inside(self, wrapped: nn.Module, function: Callable[[nn.Module], Found]) -> Found:
         """`function(self.model)`, run as the forward of what accelerate wraps around the model.

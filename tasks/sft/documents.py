@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -12,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from tasks.lm.bins import BUNDLES_PER_ROW, best_fit_decreasing, bundle
+from tasks.run.rows import read_rows
 from tasks.sft.records import PackedRow
 
 FORMS = "{text}, {prompt, completion}, {messages} or {input_ids[, labels | completion_mask]}"
 NOT_LEARNT = -100  # transformers' label of a token that is only read
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +55,16 @@ class Reader:
         Raises:
             ValueError: a row that cannot teach, by its number; none that can.
         """
-        packed, documents, wrong = [], [], []
-        for number, row in enumerate(dataset):
-            try:
-                found = row if isinstance(row, PackedRow) else self._read(row)
-                self._check(found)
-            except ValueError as error:
-                wrong.append(f"{what}, row {number}: {error}")
-                if not self.drops:
-                    raise ValueError(wrong[-1]) from error
-            else:
-                (packed if found is row else documents).append(found)
-        if wrong:
-            _log.warning("%d of %d rows left out: %s", len(wrong), number + 1, "; ".join(wrong[:5]))
-        if not packed and not documents:
-            raise ValueError(f"{what} holds no row to learn from" + "".join(f"; {one}" for one in wrong[:1]))
-        return [*packed, *pack(documents, self.row_tokens)]
+        found = read_rows(dataset, what, self._read, self.drops)
+        documents = [one for one in found if isinstance(one, Document)]
+        return [one for one in found if isinstance(one, PackedRow)] + pack(documents, self.row_tokens)
 
-    def _read(self, row: Mapping[str, Any]) -> Document:
+    def _read(self, row: PackedRow | Mapping[str, Any], _name: str) -> PackedRow | Document:
+        found = row if isinstance(row, PackedRow) else self._document(row)
+        self._check(found)
+        return found
+
+    def _document(self, row: Mapping[str, Any]) -> Document:
         document = read_document(row, self.tokenizer, self.assistant_only)
         whole, most = len(document.tokens), self.max_length
         if most is not None and whole > most:

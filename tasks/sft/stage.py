@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyarrow import parquet
 
 from params.schema import Params
-from tasks.lm.adapters import add_adapter
+from tasks.lm.adapters import lora
 from tasks.lm.loading import create_causal, fit_embeddings, load_causal, load_tokenizer, save_model
 from tasks.lm.products import use_onednn_products
 from tasks.run.arguments import training_arguments
@@ -55,8 +55,6 @@ def run(params: Params, layout: Layout) -> StageResult:
     train, held = read_rows(layout)
     if not train:
         raise ValueError("sft: artifacts/pack/rows holds no training row")
-    if sft.lora_rank:
-        model = add_adapter(model, sft.lora_rank, sft.lora_alpha)
     given = sft.model_dump(exclude={"batch_rows", "lora_rank", "lora_alpha"})
     arguments = training_arguments(
         layout.scratch("sft"),
@@ -69,12 +67,12 @@ def run(params: Params, layout: Layout) -> StageResult:
         **given,
     )
     config = SFTConfig(**arguments)
-    trainer = SFTTrainer(model, config, train, eval_dataset=held, processing_class=tokenizer)
+    adapter = lora(sft.lora_rank, sft.lora_alpha) if sft.lora_rank else None
+    trainer = SFTTrainer(model, config, train, held, processing_class=tokenizer, peft_config=adapter)
     follow(trainer, "sft")
     trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
     metrics = trainer.evaluate()
-    if sft.lora_rank:
-        model = trainer.merged()
+    model = trainer.merged() if adapter else model
     with staged(layout.artifact("sft", "model")) as folder:
         save_model(model, tokenizer, folder)
     curve = Curve.of_log(trainer.state.log_history, ("loss", "learning_rate", "grad_norm"))

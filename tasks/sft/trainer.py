@@ -22,8 +22,9 @@ from tasks.lm.heads import Predictions, check_causal, predict
 from tasks.lm.loading import fit_embeddings, load_causal, load_tokenizer
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
-from tasks.lm.scoring import positions_of
+from tasks.lm.scoring import room_of
 from tasks.lm.sequences import pad_forest
+from tasks.run.held_out import HeldOut
 from tasks.run.parts import InParts, Parts, part_tokens
 from tasks.run.trainer import SafeCheckpoints
 from tasks.sft.config import SFTConfig
@@ -35,7 +36,7 @@ PROBES = 8  # documents on which a merge is checked
 _log = logging.getLogger(__name__)
 
 
-class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
+class SFTTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
     """A light subclass of transformers.Trainer: documents packed without padding, a shared prompt read once.
 
     Five lines tune a model, or an adapter, on a dataset of one's own:
@@ -86,7 +87,7 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
             vocabulary=model.get_input_embeddings().num_embeddings,
             row_tokens=args.row_tokens,
             loss_on=args.loss_on,
-            positions=positions_of(model),
+            positions=room_of(model),
             max_length=args.max_length,
             assistant_only=args.assistant_only,
             drops=args.invalid_rows == "drop",
@@ -99,7 +100,7 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
             args=args,
             data_collator=keys.pop("data_collator", parts),
             train_dataset=self.read(train_dataset, "train_dataset"),
-            eval_dataset=None if eval_dataset is None else self._read_held_out(eval_dataset),
+            eval_dataset=None if eval_dataset is None else self.read_held_out(eval_dataset),
             processing_class=processing_class,
             **keys,
         )
@@ -108,11 +109,6 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
         self.tokens_seen = 0
         self.model_accepts_loss_kwargs = True  # the loss below divides by the tokens of the whole batch
         self._loss_shifts_labels = False  # and ours are aligned already: every label counts
-
-    def _read_held_out(self, dataset: Dataset | dict[str, Dataset]):
-        if isinstance(dataset, dict):
-            return {name: self.read(rows, f"eval_dataset {name}") for name, rows in dataset.items()}
-        return self.read(dataset, "eval_dataset")
 
     def merged(self):
         """The plain model, its adapter merged in; checked on documents of the training data.
@@ -131,11 +127,7 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
             with self._precision():
                 return self._predict(model, inputs).summed_nll(labels)
 
-        nll = self.inside(model, summed_nll)
-        if num_items_in_batch is None:
-            loss = nll / len(labels)
-        else:
-            loss = self.mean_over_batch(nll, num_items_in_batch)
+        loss = self.mean_over_batch(self.inside(model, summed_nll), len(labels), num_items_in_batch)
         self.tokens_seen += len(inputs["forest"].tokens)
         return (loss, {}) if return_outputs else loss
 
@@ -149,34 +141,17 @@ class SFTTrainer(InParts, NamedOptimizer, SafeCheckpoints, Trainer):
     def _precision(self) -> AbstractContextManager:
         return autocast(self.args.device, "bfloat16" if self.args.bf16 else "float32")
 
-    def evaluate(
-        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Loss (nats), perplexity and token accuracy per predicted token of the held-out documents.
+    def measure(self, rows: Sequence[PackedRow], prefix: str) -> dict[str, float]:
+        """Loss (nats), perplexity and token accuracy per predicted token of held-out documents.
 
         `compute_metrics` gets the most probable token in the stead of each predicted one, [N], and these.
-        Processes share the work, and all get the whole.
-
-        Raises:
-            ValueError: there is nothing held out.
         """
-        rows = self.eval_dataset if eval_dataset is None else self._read_held_out(eval_dataset)
-        if rows is None:
-            raise ValueError("evaluate: there is no eval_dataset")
-        if isinstance(rows, dict):
-            metrics: dict[str, float] = {}
-            for name, some in rows.items():
-                metrics |= self._predicted(some, f"{metric_key_prefix}_{name}").metrics
-        else:
-            metrics = self._predicted(rows, metric_key_prefix).metrics
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self._predicted(rows, prefix).metrics
 
     def predict(
         self, test_dataset: Dataset, ignore_keys=None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """The most probable token in the stead of each predicted one, these, and what `evaluate` measures."""
+        """The most probable token in the stead of each predicted one, these, and what `measure` says."""
         found = self._predicted(self.read(test_dataset, "test_dataset"), metric_key_prefix)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, found.metrics)
         return found
