@@ -1,6 +1,6 @@
 """RewardTrainer and SFTTrainer beside TRL's, in one run: same weights, same token ids, same first loss.
 
-    STACKRL_PEER_PYTHON=<python with trl==1.16.0> python tests/benchmarks/trainers.py made|sites
+    STACKRL_PEER_PYTHON=<python with trl==1.16.0> python tests/benchmarks/trainers.py made|sites [reward|sft]
 
 `made`: questions of 300 tokens with five answers of 100, all ten pairs. `sites`: the first questions of three
 real sites (STACKRL_SHARED_DATA), documents of at most 1,024 tokens, as TRL's `max_length`. LLaMA, 6 layers,
@@ -161,8 +161,8 @@ def asked(*command: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(workload: str, folder: Path) -> None:
-    """Print one JSON line for each comparison."""
+def main(workload: str, folder: Path, kinds: list[str]) -> None:
+    """Print one JSON line for each comparison; of all kinds where none is named."""
     groups, rows = made() if workload == "made" else sites(folder)
     write(folder, groups, rows)
     peer = os.environ["STACKRL_PEER_PYTHON"], str(Path(__file__).with_name("peer_trl.py"))
@@ -176,6 +176,8 @@ def main(workload: str, folder: Path) -> None:
                 "first": len(rows[0].lengths)},
     }  # fmt: skip
     for kind, of_kind in work.items():
+        if kinds and kind not in kinds:
+            continue
         own = asked(sys.executable, __file__, "ours", kind, str(folder))
         best = {"gradient_checkpointing": False, "per_device_train_batch_size": of_kind["batch"]}
         packing = {
@@ -217,4 +219,4 @@ if __name__ == "__main__":
         print(json.dumps(ours(sys.argv[2], Path(sys.argv[3]))))
     else:
         with tempfile.TemporaryDirectory() as name:
-            main(sys.argv[1], Path(name))
+            main(sys.argv[1], Path(name), sys.argv[2:])
