@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tasks.lm.forest import unwrapped
-from tasks.lm.logprobs import TokenReadings, product_dtype, read_tokens, summed_nll
+from tasks.lm.logprobs import TokenReadings, kl_nats, product_dtype, read_tokens, summed_nll
 
 LOUD = 1e3  # the largest logit of the trial's second state: caps of 30 and 50 show
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest logit; 2e-2 in half precision
@@ -43,6 +43,11 @@ class Predictions:
     def read(self, tokens: Tensor, temperature: float = 1.0, **asked: bool) -> TokenReadings:
         """Log-probabilities of the tokens [N] there; `asked` as in :func:`tasks.lm.logprobs.read_tokens`."""
         return read_tokens(self.states, self.weight, self.bias, self.places, tokens, temperature, **asked)
+
+    def kl_nats(self, other: Predictions, temperature: float = 1.0) -> Tensor:
+        """KL from another model's predictions of the same N tokens to these, [N], without a gradient."""
+        own, others = ((p.states, p.weight, p.bias, p.places) for p in (self, other))
+        return kl_nats(own, others, temperature)
 
 
 def check_causal(model: nn.Module) -> None:

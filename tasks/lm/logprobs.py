@@ -22,6 +22,10 @@ CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**28}  # more places while their logits a
 KEPT_LOGITS = {"cpu": 2**23, "cuda": 2**28}  # so many are kept for the backward; the rest is made again
 
 
+# States [T, H], output embeddings [V, H] or None, bias [V] or None, and places [N]: see summed_nll
+Prediction = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class TokenReadings:
     """What a model says of N tokens."""
@@ -72,10 +76,41 @@ def read_tokens(
 ) -> TokenReadings:
     """Log-probability of each of N tokens under softmax(logits / temperature), float32; more on demand.
 
-    Arguments as in :func:`summed_nll`. Log-probabilities and entropies carry gradients.
+    Arguments as in :func:`summed_nll`. Log-probabilities and entropies carry gradients; an entropy that no
+    loss uses costs the backward nothing.
     """
     asked = temperature, entropy, best, chunk, torch.is_grad_enabled()
     return TokenReadings(*_ReadTokens.apply(states, weight, bias, places, tokens, asked))
+
+
+@torch.no_grad()
+def kl_nats(
+    own: Prediction, other: Prediction, temperature: float = 1.0, *, chunk: int | None = None
+) -> Tensor:
+    """Exact KL(own || other) of the distributions that N tokens are drawn from, float32, no gradient. -> [N].
+
+    Args:
+        own: states, weight, bias and places as in :func:`summed_nll`.
+        other: the same of another model, for the same N tokens.
+        temperature: the logits of both are divided by it.
+        chunk: most places whose logits exist at once.
+
+    Raises:
+        ValueError: the two predict over vocabularies of different sizes.
+    """
+    heads = [_Head(states, weight, bias, product_dtype(states)) for states, weight, bias, _ in (own, other)]
+    sizes = [head.vocabulary for head in heads]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"a KL needs one vocabulary; {sizes[0]} and {sizes[1]} tokens are predicted over")
+    most, kl = chunk or _most(own[3].device, sizes[0]), torch.empty(len(own[3]), device=own[3].device)
+    for which in torch.arange(len(kl), device=kl.device).split(most):
+        logp, logq = (
+            head.logp(head.at(parts[3][which]), temperature)
+            for head, parts in zip(heads, (own, other), strict=True)
+        )
+        gap, p = logp - logq, logp.exp_()
+        kl[which] = gap.mul_(p).masked_fill_(p == 0, 0).sum(-1)  # p log p vanishes with p
+    return kl
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +125,13 @@ class _Chunk:
     rows: Tensor  # [n] int64, index into `places`
 
 
+def _most(device: torch.device, vocabulary: int) -> int:
+    """Places of a chunk."""
+    return max(LEAST_PLACES, CHUNK_LOGITS.get(device.type, 0) // vocabulary)
+
+
 def _chunks(places: Tensor, vocabulary: int, most: int | None) -> list[_Chunk]:
-    most = most or max(LEAST_PLACES, CHUNK_LOGITS.get(places.device.type, 0) // vocabulary)
+    most = most or _most(places.device, vocabulary)
     distinct, rows = places.unique(return_inverse=True)
     rows, which = rows.sort(stable=True)
     size = -(-len(distinct) // max(1, -(-len(distinct) // most)))  # as many chunks as needed, all alike
@@ -215,6 +255,7 @@ class _ReadTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, bias, places, tokens, asked):
         temperature, with_entropy, with_best, most, is_training = asked
+        ctx.set_materialize_grads(False)  # what no loss uses comes back as None, not as zeros
         head = _Head(states, weight, bias, product_dtype(states))
         ctx.chunks = _chunks(places, head.vocabulary, most)
         ctx.kept, ctx.entropies, ctx.temperature, ctx.dtype = [], [], temperature, head.dtype
@@ -241,11 +282,13 @@ class _ReadTokens(torch.autograd.Function):
         states, weight, bias, tokens = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
         head = _Head(states, weight, bias, ctx.dtype, ctx.needs_input_grad[:3])
+        if of_logprobs is None:
+            of_logprobs = torch.zeros(len(tokens), device=states.device)
         for i, chunk in enumerate(ctx.chunks):
             some = head.at(chunk.places)
             logp = head.logp(some, ctx.temperature) if kept[i] is None else kept[i]
             ahead, spread = of_logprobs[chunk.which] / ctx.temperature, None
-            if ctx.entropies:
+            if of_entropy is not None:
                 spread = of_entropy[chunk.which] / ctx.temperature, ctx.entropies[i]
             slopes = _slopes(logp, chunk.rows, tokens[chunk.which], ahead, spread)
             head.add(chunk.places, some, slopes)

@@ -6,7 +6,9 @@ other model the padded rows; the numbers are the same.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tasks.lm.forest import Forest, Segment, has_forest, plant, run_forest
-from tasks.lm.heads import predict
+from tasks.lm.heads import Predictions, predict
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Sequences:
 
     tokens: Tensor  # [B, S] int64
     is_real: Tensor  # [B, S] bool
-    is_response: Tensor  # [B, R] bool: the real part of the last R columns
+    is_response: Tensor  # [B, R] bool, R ≥ 1: the real part of the last R columns; none of an empty response
 
     @property
     def responses(self) -> Tensor:
@@ -39,13 +41,13 @@ class Sequences:
         return Sequences(*(getattr(self, f.name)[index] for f in fields(self)))
 
 
-def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pad on the left: B lists -> tokens [B, P], is_real [B, P]."""
-    width = max(map(len, rows))
+def left_pad(rows: Sequence[Sequence[int] | Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Pad on the left: B lists or 1-D tensors -> tokens [B, P], is_real [B, P]; P ≥ 1."""
+    width = max(1, *map(len, rows))
     tokens = torch.full((len(rows), width), pad_id)
     is_real = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
-        tokens[i, width - len(row) :] = torch.tensor(row)
+        tokens[i, width - len(row) :] = torch.as_tensor(row)
         is_real[i, width - len(row) :] = True
     return tokens, is_real
 
@@ -56,36 +58,65 @@ def positions_of(is_real: Tensor) -> Tensor:
 
 
 def lay_out(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, device
+    prompts: Sequence[Sequence[int] | Tensor],
+    responses: Sequence[Sequence[int] | Tensor],
+    pad_id: int,
+    device,
 ) -> Sequences:
-    """B prompts and B responses -> padded tensors on the device.
+    """B prompts and B responses, lists of token ids or 1-D tensors -> padded tensors on the device.
+
+    A response may be empty.
 
     Raises:
-        ValueError: an empty prompt or response (names its row).
+        ValueError: none at all, not equally many, a row that is not one-dimensional, or an empty prompt
+            (names the row).
     """
+    if not len(prompts) or len(prompts) != len(responses):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(responses)} responses came; equally many are wanted"
+        )
     for what, found in (("prompt", prompts), ("response", responses)):
-        empty = [i for i, row in enumerate(found) if len(row) == 0]
-        if empty:
-            raise ValueError(f"{what} {empty[0]} is empty; each needs at least one token")
+        for i, row in enumerate(found):
+            if isinstance(row, Tensor) and row.ndim != 1:
+                raise ValueError(f"{what} {i} has shape {tuple(row.shape)}; a row of token ids is wanted")
+            if what == "prompt" and len(row) == 0:
+                raise ValueError(f"prompt {i} is empty; it needs at least one token")
     left, real_left = left_pad(prompts, pad_id)
-    right, real_right = left_pad([list(r)[::-1] for r in responses], pad_id)
+    right, real_right = left_pad([torch.as_tensor(r).flip(0) for r in responses], pad_id)
     right, real_right = right.flip(1), real_right.flip(1)
     tokens, is_real = torch.cat([left, right], 1), torch.cat([real_left, real_right], 1)
     return Sequences(tokens.to(device), is_real.to(device), real_right.to(device))
 
 
 def plant_sequences(sequences: Sequences) -> tuple[Forest, Tensor]:
-    """The real tokens of each row as a root, and the places [N] that predict the N real response tokens.
+    """The real tokens as a forest, and the places [N] that predict the N real response tokens.
 
-    Row by row, as `tokens[is_response]` lists them.
+    A row is a root; rows of one prompt share it as their root, and their responses are its children. The
+    places are listed row by row, as `tokens[is_response]` lists the tokens.
     """
     rows = [row[keep].tolist() for row, keep in zip(sequences.tokens, sequences.is_real, strict=True)]
-    forest = plant([Segment(row) for row in rows])
     answered = sequences.is_response.sum(1).tolist()
-    ends = [s + n for s, n in zip(forest.starts, forest.lengths, strict=True)]
-    places = torch.cat([torch.arange(e - r - 1, e - 1) for e, r in zip(ends, answered, strict=True)])
+    prompts = [tuple(row[: len(row) - n]) for row, n in zip(rows, answered, strict=True)]
+    times, roots, segments = Counter(prompts), {}, []
+    homes = []  # of each row: the segment of its prompt, and that of its response
+    for row, prompt, n in zip(rows, prompts, answered, strict=True):
+        if times[prompt] == 1:
+            homes.append((len(segments), len(segments)))
+            segments.append(Segment(row))
+            continue
+        if prompt not in roots:
+            roots[prompt] = len(segments)
+            segments.append(Segment(prompt))
+        homes.append((roots[prompt], len(segments)))
+        if n:
+            segments.append(Segment(row[len(prompt) :], roots[prompt]))
+    forest, places = plant(segments), []
+    for (root, home), prompt, n in zip(homes, prompts, answered, strict=True):
+        if n:
+            first = forest.starts[home] + (len(prompt) if home == root else 0)
+            places += [forest.starts[root] + len(prompt) - 1, *range(first, first + n - 1)]
     device = sequences.tokens.device
-    return forest.to(device), places.to(device)
+    return forest.to(device), torch.tensor(places, dtype=torch.long, device=device)
 
 
 def pad_forest(forest: Forest) -> tuple[Tensor, Tensor]:
@@ -109,7 +140,7 @@ def pad_forest(forest: Forest) -> tuple[Tensor, Tensor]:
 
 
 def read_responses(
-    model, sequences: Sequences, temperature: float, entropy: bool = True
+    model, sequences: Sequences, temperature: float, entropy: bool = True, *, freeze_trunk: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probability and entropy (nats) of each response token, and its value where the model has them.
 
@@ -118,31 +149,66 @@ def read_responses(
         sequences: B rows.
         temperature: the logits are divided by it.
         entropy: whether it is wanted.
+        freeze_trunk: only the value head learns (and blocks of its own): nothing else gets a gradient.
 
     Returns:
         [B, R] each, zero where there is no token. The value of a token is that of the state before it.
     """
     mask, causal = sequences.is_response, getattr(model, "pretrained_model", model)
-    if has_forest(model):
-        forest, places = plant_sequences(sequences)
-        found = predict(causal, lambda model: run_forest(model, forest), places)
-    else:
-        width = sequences.tokens.shape[1]
-        rows, columns = mask.nonzero(as_tuple=True)
-        places = rows * width + width - mask.shape[1] - 1 + columns  # the place before a token predicts it
-        keys = {"attention_mask": sequences.is_real.long(), "position_ids": positions_of(sequences.is_real)}
-        found = predict(causal, lambda model: model(sequences.tokens, use_cache=False, **keys), places)
-    said = found.read(sequences.responses[mask], temperature, entropy=entropy)
-    values = model.v_head(found.hidden[places]) if hasattr(model, "v_head") else None
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_trunk):
+        found, places = _predict(causal, sequences)
+        said = found.read(sequences.responses[mask], temperature, entropy=entropy)
+    values = model.v_head(_at(found.hidden, places)) if hasattr(model, "v_head") else None
     each = (None if x is None else _spread(x, mask) for x in (said.logprobs, said.entropy, values))
     return tuple(each)
 
 
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """[N] values of the N true places of a mask -> the mask's shape, zero elsewhere."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+@torch.no_grad()
+def response_kl(model, ref_model, sequences: Sequences, temperature: float) -> Tensor:
+    """Exact KL(policy || reference), nats, of the distribution that each response token is drawn from.
+
+    Args:
+        model: the policy: a causal language model, with or without a value head.
+        ref_model: another one of the same vocabulary; None: the policy without its adapter.
+        sequences: B rows.
+        temperature: the logits of both are divided by it.
+
+    Returns:
+        [B, R], without a gradient, zero where there is no token.
+
+    Raises:
+        ValueError: the two predict over vocabularies of different sizes.
+    """
+    other = model if ref_model is None else ref_model
+    policy, reference = (getattr(each, "pretrained_model", each) for each in (model, other))
+    own, _ = _predict(policy, sequences)
+    with reference.disable_adapter() if ref_model is None else nullcontext():
+        other, _ = _predict(reference, sequences)
+    return _spread(own.kl_nats(other, temperature), sequences.is_response)
 
 
 def response_logprobs(model, sequences: Sequences, temperature: float) -> Tensor:
     """Log-probability of each response token under a causal model, nats. -> [B, R]."""
     return read_responses(model, sequences, temperature, entropy=False)[0]
+
+
+def _predict(causal, sequences: Sequences) -> tuple[Predictions, Tensor]:
+    """A causal model's predictions of the N response tokens, and where in its hidden states they stand."""
+    if has_forest(causal):
+        forest, places = plant_sequences(sequences)
+        return predict(causal, lambda model: run_forest(model, forest), places), places
+    mask, width = sequences.is_response, sequences.tokens.shape[1]
+    rows, columns = mask.nonzero(as_tuple=True)
+    places = rows * width + width - mask.shape[1] - 1 + columns  # the place before a token predicts it
+    keys = {"attention_mask": sequences.is_real.long(), "position_ids": positions_of(sequences.is_real)}
+    return predict(causal, lambda model: model(sequences.tokens, use_cache=False, **keys), places), places
+
+
+def _at(hidden: Tensor, places: Tensor) -> Tensor:
+    """Rows of the states, repeated or not; their gradients are summed in the same order every time."""
+    return hidden[places] if hidden.is_cuda else hidden.index_select(0, places)
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """[N] values of the N true places of a mask -> the mask's shape, zero elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)

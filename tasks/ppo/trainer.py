@@ -86,6 +86,9 @@ class PPOTrainer:
         sizes = (len(queries), len(responses), len(scores))
         if any(n != self.config.batch_size for n in sizes):
             raise ValueError(f"step takes ppo.batch_size ({self.config.batch_size}) of each; {sizes} came")
+        empty = [i for i, response in enumerate(responses) if len(response) == 0]
+        if empty:
+            raise ValueError(f"response {empty[0]} is empty; each needs at least one token")
         bad = (~torch.isfinite(scores)).nonzero()
         if len(bad):
             raise ValueError(f"the score of response {int(bad[0])} is not finite")

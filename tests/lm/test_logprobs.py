@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from tasks.lm import logprobs
-from tasks.lm.logprobs import read_tokens, summed_nll
+from tasks.lm.logprobs import kl_nats, read_tokens, summed_nll
 
 STATES, WIDTH, VOCABULARY = 40, 16, 50
 WHOLE = STATES * VOCABULARY
@@ -117,6 +117,48 @@ def test_each_token_is_that_of_the_whole_logits(monkeypatch, kept, chunk, temper
         assert same(taken(tensors), gradients)
     logits = functional.linear(*tensors)[places]
     assert torch.equal(said.best, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_an_entropy_that_no_loss_uses_costs_the_backward_nothing(monkeypatch, used):
+    seen, slopes = [], logprobs._slopes
+    monkeypatch.setattr(logprobs, "_slopes", lambda *a: (seen.append(a[4]), slopes(*a))[1])
+    tensors, places, tokens = inputs()
+    (plain(*tensors, places, tokens)[0].sum()).backward()
+    gradients = taken(tensors)
+    said = read_tokens(*tensors, places, tokens, entropy=True, chunk=7)
+    (said.logprobs.sum() + (0 * said.entropy.sum() if used else 0)).backward()
+    assert all((spread is None) is not used for spread in seen) and len(seen) == 6
+    assert same(taken(tensors), gradients)
+
+
+def test_the_kl_by_hand():
+    """p = (1/4, 3/4), q = (1/2, 1/2); at temperature 1/2 p = (1/10, 9/10). No token of p, no cost."""
+    p, q = (torch.tensor([[0.0, math.log(3), -math.inf]]), torch.zeros(1, 3))
+    q[0, 2] = -math.inf
+    first = torch.tensor([0])
+    own, other = (p, None, None, first), (q, None, None, first)
+    wanted = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert kl_nats(own, other).tolist() == pytest.approx([wanted])
+    assert kl_nats(own, other, 0.5).tolist() == pytest.approx([0.1 * math.log(0.2) + 0.9 * math.log(1.8)])
+    assert kl_nats(own, own).tolist() == [0]
+    with pytest.raises(ValueError, match="3 and 2 tokens"):
+        kl_nats(own, (q[:, :2], None, None, first))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 70, None])
+def test_the_kl_is_that_of_the_whole_logits(chunk):
+    """One model by its states and embeddings, the other by its logits, at places of their own."""
+    (states, weight, bias), places, _ = inputs()
+    draw = torch.Generator().manual_seed(9)
+    logits, elsewhere = drawn(60, VOCABULARY, seed=8), torch.randint(0, 60, (70,), generator=draw)
+    p = functional.linear(states, weight, bias)[places].div(0.7).log_softmax(-1)
+    q = logits[elsewhere].div(0.7).log_softmax(-1)
+    wanted = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    with tiny.Largest() as seen:
+        found = kl_nats((states, weight, bias, places), (logits, None, None, elsewhere), 0.7, chunk=chunk)
+    assert tiny.far(found, wanted) <= 1e-5 and not found.requires_grad
+    assert seen.elements <= max((chunk or 70) * VOCABULARY, 70 * WIDTH)
 
 
 @pytest.mark.parametrize("trains", [(True, False, False), (False, True, False), (False, False, True)])

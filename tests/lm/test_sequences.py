@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 
 from tasks.lm import logprobs
 from tasks.lm.forest import Segment, has_forest, plant, serve_forest
@@ -16,6 +17,7 @@ from tasks.lm.sequences import (
     plant_sequences,
     positions_of,
     read_responses,
+    response_kl,
     response_logprobs,
 )
 from tasks.lm.value_head import AutoModelForCausalLMWithValueHead
@@ -43,11 +45,30 @@ def test_positions_by_hand():
     assert positions_of(real).tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 1, 2, 2, 2]]
 
 
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_empty_responses_by_hand(kind):
+    """Their rows have no response token; one column of padding stands where all are empty."""
+    prompts = [kind([5, 6]), kind([7])]
+    found = lay_out(prompts, [kind([]), kind([9])], 0, "cpu")
+    assert found.tokens.tolist() == [[5, 6, 0], [0, 7, 9]] and found.tokens.dtype == torch.int64
+    assert found.is_real.tolist() == [[T, T, F], [F, T, T]] and found.is_response.tolist() == [[F], [T]]
+    found = lay_out(prompts, [kind([]), kind([])], 3, "cpu")
+    assert found.tokens.tolist() == [[5, 6, 3], [3, 7, 3]]
+    assert found.is_real.tolist() == [[T, T, F], [F, T, F]] and found.is_response.tolist() == [[F], [F]]
+
+
 @pytest.mark.parametrize(
     ("prompts", "responses", "message"),
-    [([[5], []], [[6], [7]], "prompt 1 is empty"), ([[5], [6]], [[], [7]], "response 0 is empty")],
+    [
+        ([[5], []], [[6], [7]], "prompt 1 is empty"),
+        ([torch.tensor([5]), torch.zeros(0)], [[6], [7]], "prompt 1 is empty"),
+        ([torch.tensor([[5, 6]])], [[7]], r"prompt 0 has shape \(1, 2\)"),
+        ([[5], [6]], [[7], torch.tensor(8)], r"response 1 has shape \(\)"),
+        ([[5], [6]], [[7]], "2 prompts and 1 responses"),
+        ([], [], "0 prompts"),
+    ],
 )
-def test_an_empty_row_is_named(prompts, responses, message):
+def test_what_cannot_be_laid_out_is_named(prompts, responses, message):
     with pytest.raises(ValueError, match=message):
         lay_out(prompts, responses, 0, "cpu")
 
@@ -80,6 +101,15 @@ def test_planted_by_hand():
     assert places.tolist() == [1, 2, 4]
 
 
+def test_a_shared_prompt_by_hand():
+    """5 6 twice, 7 once, 5 6 with nothing to say, 4 twice with nothing to say."""
+    prompts = [[5, 6], [7], [5, 6], [5, 6], [4], [4]]
+    forest, places = plant_sequences(lay_out(prompts, [[8, 1], [9], [3], [], [], []], 0, "cpu"))
+    assert forest.tokens.tolist() == [5, 6, 8, 1, 7, 9, 3, 4]
+    assert forest.parents == (-1, 0, -1, 0, -1) and forest.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    assert places.tolist() == [1, 2, 4, 1]  # 8 after the 6, 1 after the 8, 9 after the 7, 3 after the 6
+
+
 def test_a_forest_in_padded_rows_by_hand():
     """Root 5 6 with children 7 and 8 9, and root 2: three rows; the shared root stands in the first."""
     forest = plant([Segment((5, 6)), Segment((7,), 0), Segment((2,)), Segment((8, 9), 0)])
@@ -89,28 +119,89 @@ def test_a_forest_in_padded_rows_by_hand():
     assert tokens.flatten()[where].tolist() == forest.tokens.tolist()
 
 
+def valued(kind: str = "llama", **keys) -> AutoModelForCausalLMWithValueHead:
+    """A policy whose value head is not zero."""
+    model = AutoModelForCausalLMWithValueHead(tiny.causal(kind, **keys))
+    model.v_head.summary.weight.data.normal_(generator=torch.Generator().manual_seed(3))
+    return model
+
+
+def learnt(model, parts, **keys):
+    """Readings of the parts one after the other, and the gradients of a loss of all of them."""
+    read = [[x for x in read_responses(model, part, 0.7, **keys) if x is not None] for part in parts]
+    sum((n + 1) * x.square().sum() for each in read for n, x in enumerate(each)).backward()
+    assert all(not x[~part.is_response].any() for each, part in zip(read, parts, strict=True) for x in each)
+    return [torch.cat([x.detach() for x in each]) for each in zip(*read, strict=True)], tiny.gradients(model)
+
+
+def agree(found, wanted) -> bool:
+    same = [tiny.far(a, b) <= 1e-5 for a, b in zip(found[0], wanted[0], strict=True)]
+    return all(same) and tiny.far_gradients(found[1], wanted[1]) <= 1e-5
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "gpt_neox"])
-@pytest.mark.parametrize("valued", [False, True])
-def test_the_forest_is_the_padded_rows(kind, valued):
+@pytest.mark.parametrize("made", [tiny.causal, valued])
+def test_the_forest_is_the_padded_rows(kind, made):
     """Log-probabilities, entropies, values and every gradient, with and without a value head."""
     sequences = lay_out(tiny.drawn((4, 9, 1), 1), tiny.drawn((5, 1, 3), 2), tiny.PAD, "cpu")
     found = {}
     for planted in (False, True):
-        model = causal = tiny.causal(kind)
-        if valued:
-            model = AutoModelForCausalLMWithValueHead(causal)
-            model.v_head.summary.weight.data.normal_(generator=torch.Generator().manual_seed(3))
+        model = made(kind)
         if planted:
-            assert serve_forest(causal) and has_forest(model)
-        read = read_responses(model, sequences, 0.7)
-        assert (read[2] is None) is not valued
-        read = [x for x in read if x is not None]
-        assert all(x.shape == (3, 5) and not x[~sequences.is_response].any() for x in read)
-        sum((n + 1) * x.square().sum() for n, x in enumerate(read)).backward()
-        found[planted] = read, tiny.gradients(model)
-    for one, other in zip(found[True][0], found[False][0], strict=True):
-        assert tiny.far(one.detach(), other.detach()) <= 1e-5
-    assert tiny.far_gradients(found[True][1], found[False][1]) <= 1e-5
+            assert serve_forest(getattr(model, "pretrained_model", model)) and has_forest(model)
+        found[planted] = learnt(model, [sequences])
+        assert len(found[planted][0]) == 2 + (made is valued)
+        assert all(x.shape == (3, 5) for x in found[planted][0])
+    assert agree(found[True], found[False])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
+def test_rows_that_share_a_prompt_are_rows_of_their_own(kind):
+    """Four responses to a prompt, two to another, an empty one among each; and a prompt that comes once."""
+    a, b, c = tiny.drawn((6, 1, 4), 1)
+    prompts, lengths = [a, b, a, c, b, a, a], (5, 2, 1, 3, 0, 0, 4)
+    sequences = lay_out(prompts, tiny.drawn(lengths, 2), tiny.PAD, "cpu")
+    model = valued(kind)
+    assert serve_forest(model.pretrained_model)
+    assert len(plant_sequences(sequences)[0].tokens) == 6 + 1 + 4 + sum(lengths)
+    found = learnt(model, [sequences])
+    alone = [sequences.rows(torch.tensor([i])) for i in range(len(prompts))]
+    assert agree(found, learnt(model, alone))
+
+
+@pytest.mark.parametrize("planted", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_empty_responses_say_nothing(planted, kind):
+    """One among others changes nothing; where all are empty, nothing learns."""
+    model = valued(kind)
+    assert not planted or serve_forest(model.pretrained_model) or kind == "gemma2"
+    prompts = tiny.drawn((4, 9, 1), 1)
+    some = lay_out(prompts, [[5, 6], [], [7]], tiny.PAD, "cpu")
+    none = lay_out(prompts, [[], [], []], tiny.PAD, "cpu")
+    found, gradients = learnt(model, [none])
+    assert all(x.shape == (3, 1) and not x.any() for x in found)
+    assert not any(g.any() for g in gradients.values())
+    assert not response_kl(model, tiny.causal(kind, 1), none, 0.7).any()
+    wanted = learnt(model, [some.rows(torch.tensor([0, 2]))])
+    found = learnt(model, [some])
+    assert agree(([x[[0, 2]] for x in found[0]], found[1]), wanted)
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_frozen_trunk_leaves_the_value_head_to_learn(planted):
+    """The numbers and the head's gradients are the same; nothing else gets one, in the backward or before."""
+    sequences = lay_out(tiny.drawn((4, 9, 1), 1), tiny.drawn((5, 1, 3), 2), tiny.PAD, "cpu")
+    model = valued()
+    assert not planted or serve_forest(model.pretrained_model)
+    whole, gradients = learnt(model, [sequences])
+    frozen, found = learnt(model, [sequences], freeze_trunk=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole, frozen, strict=True))
+    assert set(found) == {"v_head.summary.weight", "v_head.summary.bias"}
+    assert tiny.far_gradients(found, {n: gradients[n] for n in found}) <= 1e-6
+    logprobs, entropy, values = read_responses(model, sequences, 0.7, freeze_trunk=True)
+    assert not logprobs.requires_grad and not entropy.requires_grad and values.requires_grad
+    with torch.no_grad():
+        assert not read_responses(model, sequences, 0.7, freeze_trunk=True)[2].requires_grad
 
 
 @pytest.mark.parametrize("planted", [False, True])
@@ -118,8 +209,7 @@ def test_the_forest_is_the_padded_rows(kind, valued):
 @torch.no_grad()
 def test_values_and_entropies_are_those_of_each_row_alone(kind, planted):
     """Through the value head's own forward, row by row; the value before a token stands with it."""
-    model = AutoModelForCausalLMWithValueHead(tiny.causal(kind))
-    model.v_head.summary.weight.normal_(generator=torch.Generator().manual_seed(3))
+    model = valued(kind)
     prompts, responses = tiny.drawn((4, 9, 1), 1), tiny.drawn((5, 1, 3), 2)
     wanted = [model(torch.tensor([[*p, *r]])) for p, r in zip(prompts, responses, strict=True)]
     assert serve_forest(model.pretrained_model) or not planted
@@ -146,6 +236,42 @@ def test_the_whole_logits_are_never_made(monkeypatch, planted):
         read, entropy, values = read_responses(model, sequences, 0.7)
         (read.sum() + entropy.sum() + values.sum()).backward()
     assert seen.elements == 400 * 4  # the embeddings; a chunk has 1200
+
+
+def kl_alone(policy, reference, prompt, response, temperature):
+    """Σ p (log p − log q) before each token of one unpadded response."""
+    ids, before = torch.tensor([[*prompt, *response]]), slice(len(prompt) - 1, -1)
+    p, q = (torch.softmax(m(ids).logits[0, before].double() / temperature, -1) for m in (policy, reference))
+    return (p * (p / q).log()).sum(-1)
+
+
+@pytest.mark.parametrize("planted", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_the_exact_kl_is_its_definition(planted, kind):
+    """Of a policy with a value head and a bare reference; through its own logits where it caps them."""
+    policy, reference = valued(kind), tiny.causal(kind, seed=1)
+    for model in (policy.pretrained_model, reference) if planted else ():
+        assert serve_forest(model) or kind == "gemma2"
+    prompts, responses = tiny.drawn((4, 9, 1), 1), [*tiny.drawn((5, 1), 2), []]
+    prompts, responses = [*prompts, prompts[0]], [*responses, [3, 4]]
+    sequences = lay_out(prompts, responses, tiny.PAD, "cpu")
+    found = response_kl(policy, reference, sequences, 0.7)
+    assert found.shape == (4, 5) and found.dtype == torch.float32 and not found.requires_grad
+    assert not found[~sequences.is_response].any() and (found >= 0).all() and found.max() > 0.1
+    for row, prompt, response in zip(found, prompts, responses, strict=True):
+        wanted = kl_alone(policy.pretrained_model, reference, prompt, response, 0.7)
+        assert not response or tiny.far(row[: len(response)], wanted) <= 1e-5
+    assert not response_kl(policy, policy, sequences, 0.7).any()
+
+
+def test_the_kl_to_a_policy_without_its_adapter():
+    base = tiny.causal()
+    reference = tiny.causal()
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    policy = AutoModelForCausalLMWithValueHead(get_peft_model(base, config))
+    sequences = lay_out(tiny.drawn((4, 9), 1), tiny.drawn((5, 1), 2), tiny.PAD, "cpu")
+    found = response_kl(policy, None, sequences, 0.7)
+    assert found.max() > 0.01 and tiny.far(found, response_kl(policy, reference, sequences, 0.7)) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["gptj", "bloom", "gemma2", "mamba"])
