@@ -5,6 +5,7 @@ tokens (padded on the right) · S = P + R · T tokens of a packed row · A answe
 mask is named by what True means: `is_real`, `is_response`.
 """
 
-from tasks.lm.value_head import AutoModelForCausalLMWithValueHead, create_reference_model
+from tasks.lm.reference import create_reference_model
+from tasks.lm.value_head import AutoModelForCausalLMWithValueHead
 
 __all__ = ["AutoModelForCausalLMWithValueHead", "create_reference_model"]

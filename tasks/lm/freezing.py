@@ -24,14 +24,19 @@ def freeze_layers(model: nn.Module, num_layers_unfrozen: int | None) -> None:
     """
     if num_layers_unfrozen is None:
         return
-    blocks = blocks_of(model)
-    if not 0 <= num_layers_unfrozen <= len(blocks):
-        raise ValueError(f"num_layers_unfrozen is {num_layers_unfrozen}; the model has {len(blocks)} blocks")
-    trunk = len(blocks) - num_layers_unfrozen
-    for module in (*blocks[:trunk], *_run_before(model, blocks, trunk)):  # experts may not all have run
+    blocks = len(blocks_of(model))
+    if not 0 <= num_layers_unfrozen <= blocks:
+        raise ValueError(f"num_layers_unfrozen is {num_layers_unfrozen}; the model has {blocks} blocks")
+    for module in trunk_of(model, blocks - num_layers_unfrozen):
         module.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"num_layers_unfrozen is {num_layers_unfrozen}: nothing is left to train")
+
+
+def trunk_of(model: nn.Module, layers: int) -> list[nn.Module]:
+    """The first blocks, so many of them, and all else with parameters that runs before they have run."""
+    blocks = blocks_of(model)
+    return [*blocks[:layers], *_run_before(model, blocks, layers)]  # experts may not all have run
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:

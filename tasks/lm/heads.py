@@ -54,10 +54,11 @@ def check_causal(model: nn.Module) -> None:
     """Refuse what predicts no next token.
 
     Raises:
-        ValueError: an encoder-decoder, or a model without output embeddings.
+        ValueError: an encoder-decoder, an encoder, or a model without output embeddings.
     """
     bare = unwrapped(model)
-    if bare.config.is_encoder_decoder or bare.get_output_embeddings() is None:
+    ways = {module.is_causal for module in bare.modules() if hasattr(module, "is_causal")}
+    if bare.config.is_encoder_decoder or bare.get_output_embeddings() is None or ways == {False}:
         raise ValueError(f"{type(bare).__name__} is no causal language model")
 
 

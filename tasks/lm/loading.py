@@ -67,15 +67,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     )
 
 
-def load_causal(base: str | Path, revision: str = "main"):
+def load_causal(base: str | Path, revision: str = "main", key: str = "model.base", **keys):
     """A causal language model with float32 weights.
+
+    Args:
+        base: folder or Hub id.
+        revision: on the Hub.
+        key: what names `base`, for messages.
+        keys: for transformers' `from_pretrained`; a `dtype` is one for other weights than float32.
 
     Raises:
         ValueError: the folder or repository has no configuration or no safetensors weights.
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, base, revision=revision)
+    return _load(AutoModelForCausalLM, base, key, revision=revision, **keys)
 
 
 def load_reward(base: str | Path, revision: str = "main", key: str = "model.base"):
@@ -122,7 +128,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _load(auto, base: str | Path, key: str = "model.base", **keys):
+def _load(auto, base: str | Path, key: str = "model.base", dtype=None, **keys):
     import torch
     from safetensors import SafetensorError
 
@@ -130,7 +136,7 @@ def _load(auto, base: str | Path, key: str = "model.base", **keys):
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise ValueError(f"{key}: the folder {base} holds no *.safetensors weights")
     try:
-        return auto.from_pretrained(str(base), dtype=torch.float32, use_safetensors=True, **keys)
+        return auto.from_pretrained(str(base), dtype=dtype or torch.float32, use_safetensors=True, **keys)
     except (OSError, ValueError, KeyError, SafetensorError) as error:  # the last: a truncated file
         raise ValueError(f"{key}: cannot load {base}: {_one_line(error)}") from error
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tasks.lm.critic import calls_of
 from tasks.lm.forest import Forest, Segment, has_forest, plant, run_forest
 from tasks.lm.heads import Predictions, predict
 
@@ -155,10 +156,14 @@ def read_responses(
         [B, R] each, zero where there is no token. The value of a token is that of the state before it.
     """
     mask, causal = sequences.is_response, getattr(model, "pretrained_model", model)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_trunk):
+    head = getattr(model, "v_head", None)
+    branch = None if head is None else head.branch
+    blocks = [] if branch is None else branch.originals(causal)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_trunk), calls_of(blocks) as calls:
         found, places = _predict(causal, sequences)
         said = found.read(sequences.responses[mask], temperature, entropy=entropy)
-    values = model.v_head(_at(found.hidden, places)) if hasattr(model, "v_head") else None
+    read = found.hidden if branch is None else branch(calls[-len(blocks) :]).flatten(0, -2)
+    values = None if head is None else head(_at(read, places))
     each = (None if x is None else _spread(x, mask) for x in (said.logprobs, said.entropy, values))
     return tuple(each)
 

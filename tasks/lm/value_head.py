@@ -1,76 +1,210 @@
-"""A causal language model with a scalar output for every token."""
+"""A causal language model with a scalar output for every token; the API is that of TRL 0.11."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tasks.lm.loading import load_causal
-
-VALUE_HEAD = "value_head.safetensors"
-
-
-class ValueHead(nn.Module):
-    """One linear layer, zero at the start: the first advantages are the rewards themselves."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.summary = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.summary.weight)
-        nn.init.zeros_(self.summary.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden [..., H] -> values [...], float32."""
-        return self.summary(hidden.to(self.summary.weight.dtype)).squeeze(-1).float()
+from tasks.lm.adapters import add_adapter, has_adapter
+from tasks.lm.critic import ValueBranch, ValueHead, branch_layers, calls_of
+from tasks.lm.forest import unwrapped
+from tasks.lm.heads import check_causal
+from tasks.lm.saved_policy import VALUE_HEAD, load_policy, read_value_head, warn_of_pickle
+from tasks.lm.sequences import positions_of
 
 
 class AutoModelForCausalLMWithValueHead(nn.Module):
-    """`pretrained_model` with a `v_head`; the forward returns (logits, loss, values) as TRL's did."""
+    """`pretrained_model` with a `v_head`; the forward returns (logits, loss, values).
 
-    def __init__(self, pretrained_model: nn.Module) -> None:
+    Args:
+        pretrained_model: a causal language model of transformers, bare or under PEFT.
+        v_head_init_strategy: see :class:`tasks.lm.critic.ValueHead`.
+        v_head_initializer_range: likewise.
+        summary_dropout_prob: likewise; None: the configuration's, or 0.
+        num_value_layers_unfrozen: k: the head reads copies of the last k blocks, which the policy's losses
+            leave alone (:class:`tasks.lm.critic.ValueBranch`); 0: what the output embeddings read.
+
+    Raises:
+        ValueError: an encoder, an encoder-decoder, prompt learning, an unknown strategy, or a k that the
+            model has not.
+    """
+
+    def __init__(
+        self,
+        pretrained_model: nn.Module,
+        *,
+        v_head_init_strategy: str | None = "zeros",
+        v_head_initializer_range: float = 0.2,
+        summary_dropout_prob: float | None = None,
+        num_value_layers_unfrozen: int = 0,
+    ) -> None:
         super().__init__()
-        self.pretrained_model = pretrained_model
-        self.config = pretrained_model.config
-        self.v_head = ValueHead(pretrained_model.config.get_text_config().hidden_size)
+        check_causal(pretrained_model)
+        adapter = getattr(pretrained_model, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            raise ValueError(f"pretrained_model: {type(adapter).__name__} adds virtual tokens; PPO has none")
+        self.pretrained_model, self.config = pretrained_model, pretrained_model.config
+        self.is_peft_model = has_adapter(pretrained_model)
+        if summary_dropout_prob is None:
+            summary_dropout_prob = getattr(self.config, "summary_dropout_prob", None) or 0.0
+        k, bare = num_value_layers_unfrozen, unwrapped(pretrained_model)
+        embeddings = bare.get_output_embeddings().weight
+        self.v_head = ValueHead(
+            embeddings.shape[1],  # not always the hidden size: OPT-350m projects its states
+            v_head_init_strategy,
+            v_head_initializer_range,
+            summary_dropout_prob,
+            ValueBranch(pretrained_model, k) if k else None,
+        )
+        self.v_head.to(embeddings.device).train(bare.training)
+        self.training = bare.training
 
     @classmethod
-    def from_pretrained(cls, base: str | Path, revision: str = "main") -> AutoModelForCausalLMWithValueHead:
-        """From the Hub or a folder; `value_head.safetensors` is read where the folder has one.
+    def from_pretrained(
+        cls,
+        base: str | Path | nn.Module,
+        *,
+        peft_config=None,
+        revision: str = "main",
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        is_trainable: bool = True,
+        token: str | bool | None = None,
+        num_value_layers_unfrozen: int | None = None,
+        **keys: Any,
+    ) -> AutoModelForCausalLMWithValueHead:
+        """A model with the value head that was saved with it, or with a fresh one.
+
+        Args:
+            base: a model of transformers or PEFT; or a folder or Hub id, of a model or of an adapter whose
+                configuration names its model.
+            peft_config: of an adapter to put on; `base` has none then.
+            revision: on the Hub, of `base`.
+            dtype: of the language model's weights; float32 where None. The head's are float32.
+            torch_dtype: the same by its older name.
+            is_trainable: whether an adapter that `base` holds is trained further.
+            token: for the Hub.
+            num_value_layers_unfrozen: as for the class; None: as many as were saved.
+            keys: the others of the class, or for transformers' `from_pretrained`.
 
         Raises:
-            ValueError: no weights there.
+            ValueError: nothing to load there, a saved head that does not fit, an adapter on an adapter, a key
+                for loading beside a model object; and as the class.
         """
-        model = cls(load_causal(base, revision))
-        saved = Path(base) / VALUE_HEAD
-        if saved.is_file():
-            model.v_head.load_state_dict(load_file(saved))
-        return model
+        own = {name: keys.pop(name) for name in cls.__init__.__kwdefaults__ if name in keys}
+        dtype = torch_dtype if dtype is None else dtype
+        if isinstance(base, nn.Module):
+            if keys or dtype is not None:
+                given = ", ".join([*keys, *(["dtype"] if dtype is not None else [])])
+                raise ValueError(f"{given}: for loading, but base is a {type(base).__name__} already")
+            model, saved = base, {}
+        else:
+            there = {"revision": revision, "token": token}
+            model = load_policy(base, is_trainable, dtype=dtype, **there, **keys)
+            saved = read_value_head(base, **there)
+            if not saved:
+                warn_of_pickle(base, model)
+        layers = branch_layers(saved)
+        k = layers if num_value_layers_unfrozen is None else num_value_layers_unfrozen
+        if layers not in (0, k):
+            raise ValueError(f"num_value_layers_unfrozen is {k}; {base} holds a value branch of {layers}")
+        if peft_config is not None:
+            model = add_adapter(model, config=peft_config)
+        wrapped = cls(model, num_value_layers_unfrozen=k, **own)
+        if saved:
+            wrapped.v_head.load_saved(saved)
+        return wrapped
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """A plain transformers folder, with the value head in a file of its own."""
-        self.pretrained_model.save_pretrained(folder)
+    def save_pretrained(self, folder: str | Path, **keys: Any) -> None:
+        """A plain transformers folder (under PEFT, the adapter's), with the value head in a file of its own.
+
+        Args:
+            folder: made where it is missing.
+            keys: for the language model's `save_pretrained`, for example `max_shard_size`.
+        """
+        self.pretrained_model.save_pretrained(folder, **keys)
         save_file({k: v.contiguous() for k, v in self.v_head.state_dict().items()}, Path(folder) / VALUE_HEAD)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        **keys: Any,
+    ):
+        """What :meth:`save_pretrained` writes, as one commit to a repository, made where it is missing.
+
+        Args:
+            repo_id: `name` or `owner/name`.
+            private: whether a new repository is; None: as its owner's are.
+            token: of one who may write there.
+            commit_message: of the commit.
+            keys: for :meth:`save_pretrained`.
+
+        Returns:
+            huggingface_hub's `CommitInfo`.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **keys)
+            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message)
+
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **keys
-    ) -> tuple[Tensor, None, Tensor]:
-        """Tokens [B, S] -> logits [B, S, V], no loss, values [B, S]."""
-        out = self.pretrained_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            output_hidden_states=True,
-            **{"use_cache": False, **keys},
-        )
-        return out.logits, None, self.v_head(out.hidden_states[-1])
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values=None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,
+        **keys: Any,
+    ) -> tuple:
+        """Tokens [B, S] -> logits [B, S, V] float32, loss where `labels` come, values [B, S] float32.
+
+        Args:
+            input_ids: tokens [B, S].
+            past_key_values: a cache of the tokens before these.
+            attention_mask: [B, S], with those of the cache before; positions count its ones.
+            return_past_key_values: whether the cache is wanted, as a fourth output.
+            keys: for the language model.
+
+        Raises:
+            ValueError: a cache, where the value head has blocks of its own.
+        """
+        branch, is_cached = self.v_head.branch, return_past_key_values or past_key_values is not None
+        if is_cached and branch is not None:
+            raise ValueError("past_key_values: a value branch keeps no cache; it needs the whole sequences")
+        if input_ids is not None and attention_mask is not None and attention_mask.ndim == 2:
+            keys = {"position_ids": positions_of(attention_mask)[:, -input_ids.shape[1] :], **keys}
+        blocks = [] if branch is None else branch.originals(self.pretrained_model)
+        head = unwrapped(self.pretrained_model).get_output_embeddings()
+        with calls_of([*blocks, head]) as calls:
+            out = self.pretrained_model(
+                input_ids=input_ids,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                **{"use_cache": is_cached, **keys},
+            )
+        *of_blocks, ((hidden, *_), _) = calls
+        values = self.v_head(hidden if branch is None else branch(of_blocks))
+        outputs = out.logits.float(), out.loss, values
+        return (*outputs, out.past_key_values) if return_past_key_values else outputs
 
     def generate(self, *args, **keys):
         """The language model's own `generate`."""
         return self.pretrained_model.generate(*args, **keys)
 
+    def gradient_checkpointing_enable(self, *args, **keys) -> None:
+        """The language model's; blocks of the value head's own follow it."""
+        self.pretrained_model.gradient_checkpointing_enable(*args, **keys)
 
-def create_reference_model(model: nn.Module) -> nn.Module:
-    """A frozen copy in evaluation mode."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    def gradient_checkpointing_disable(self) -> None:
+        """Likewise."""
+        self.pretrained_model.gradient_checkpointing_disable()
