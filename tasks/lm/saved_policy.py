@@ -29,11 +29,10 @@ def find_file(
 
     try:
         return Path(hf_hub_download(str(base), name, revision=revision, token=token))
-    except errors.LocalEntryNotFoundError:
-        _log.warning("%s of %s is not in the cache, and the Hub cannot be asked for it", name, base)
-    except (errors.EntryNotFoundError, errors.HfHubHTTPError, errors.HFValidationError):
-        pass  # where there is no such repository, loading the model tells
-    return None
+    except (errors.EntryNotFoundError, errors.HfHubHTTPError, errors.HFValidationError) as error:
+        if name == VALUE_HEAD and isinstance(error, errors.LocalEntryNotFoundError):
+            _log.warning("%s of %s is not in the cache, and the Hub cannot be asked for it", name, base)
+    return None  # of what else is amiss, loading the model tells
 
 
 def load_policy(

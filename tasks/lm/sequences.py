@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tasks.lm.critic import calls_of
-from tasks.lm.forest import Forest, Segment, has_forest, plant, run_forest
+from tasks.lm.forest import Forest, Segment, first_position, has_forest, plant, run_forest
 from tasks.lm.heads import Predictions, predict
 
 
@@ -95,7 +95,8 @@ def plant_sequences(sequences: Sequences) -> tuple[Forest, Tensor]:
     A row is a root; rows of one prompt share it as their root, and their responses are its children. The
     places are listed row by row, as `tokens[is_response]` lists the tokens.
     """
-    rows = [row[keep].tolist() for row, keep in zip(sequences.tokens, sequences.is_real, strict=True)]
+    whole, is_real = sequences.tokens.cpu(), sequences.is_real.cpu()
+    rows = [row[keep].tolist() for row, keep in zip(whole, is_real, strict=True)]
     answered = sequences.is_response.sum(1).tolist()
     prompts = [tuple(row[: len(row) - n]) for row, n in zip(rows, answered, strict=True)]
     times, roots, segments = Counter(prompts), {}, []
@@ -205,7 +206,8 @@ def _predict(causal, sequences: Sequences) -> tuple[Predictions, Tensor]:
     mask, width = sequences.is_response, sequences.tokens.shape[1]
     rows, columns = mask.nonzero(as_tuple=True)
     places = rows * width + width - mask.shape[1] - 1 + columns  # the place before a token predicts it
-    keys = {"attention_mask": sequences.is_real.long(), "position_ids": positions_of(sequences.is_real)}
+    positions = positions_of(sequences.is_real) + first_position(causal)
+    keys = {"attention_mask": sequences.is_real.long(), "position_ids": positions}
     return predict(causal, lambda model: model(sequences.tokens, use_cache=False, **keys), places), places
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tasks.lm.adapters import add_adapter, has_adapter
 from tasks.lm.critic import ValueBranch, ValueHead, branch_layers, calls_of
-from tasks.lm.forest import unwrapped
+from tasks.lm.forest import first_position, unwrapped
 from tasks.lm.heads import check_causal
 from tasks.lm.saved_policy import VALUE_HEAD, load_policy, read_value_head, warn_of_pickle
 from tasks.lm.sequences import positions_of
@@ -182,7 +182,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         if is_cached and branch is not None:
             raise ValueError("past_key_values: a value branch keeps no cache; it needs the whole sequences")
         if input_ids is not None and attention_mask is not None and attention_mask.ndim == 2:
-            keys = {"position_ids": positions_of(attention_mask)[:, -input_ids.shape[1] :], **keys}
+            places = positions_of(attention_mask) + first_position(self.pretrained_model)
+            keys = {"position_ids": places[:, -input_ids.shape[1] :], **keys}
         blocks = [] if branch is None else branch.originals(self.pretrained_model)
         head = unwrapped(self.pretrained_model).get_output_embeddings()
         with calls_of([*blocks, head]) as calls:

@@ -274,6 +274,18 @@ def test_the_kl_to_a_policy_without_its_adapter():
     assert found.max() > 0.01 and tiny.far(found, response_kl(policy, reference, sequences, 0.7)) <= 1e-5
 
 
+@torch.no_grad()
+def test_positions_that_begin_behind_the_padding_index():
+    """RoBERTa's, as a decoder: padded and planted."""
+    model = tiny.causal("roberta", is_decoder=True)
+    prompts, responses = tiny.drawn((4, 9, 1), 1), tiny.drawn((5, 1, 3), 2)
+    for planted in (False, True):
+        assert not planted or serve_forest(model)
+        found = response_logprobs(model, lay_out(prompts, responses, tiny.PAD, "cpu"), 0.7)
+        for row, prompt, response in zip(found, prompts, responses, strict=True):
+            assert tiny.far(row[: len(response)], alone(model, prompt, response, 0.7)) <= 1e-5
+
+
 @pytest.mark.parametrize("kind", ["gptj", "bloom", "gemma2", "mamba"])
 @torch.no_grad()
 def test_a_model_the_forest_cannot_serve_takes_padded_rows(kind):

@@ -76,11 +76,13 @@ def test_what_the_forward_gives_on_demand():
     assert tiny.far(last, whole[:, 3:]) < 1e-5 and cache.get_seq_length() == 4
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "keys"), [("gpt2", {}), ("opt", {}), ("llama", {}), ("roberta", {"is_decoder": True})]
+)
 @torch.no_grad()
-def test_padding_changes_no_value(kind):
+def test_padding_changes_no_value(kind, keys):
     """TRL passes no positions: absolute ones would be shifted by padding on the left."""
-    model = policy(kind)
+    model = policy(kind, **keys)
     junk, mask = torch.full((2, 2), 17), torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)
     wanted = model(IDS)
     for tokens, real, where in ((torch.cat([junk, IDS], 1), mask, slice(2, 6)),
