@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -25,11 +27,15 @@ from transformers.masking_utils import sdpa_mask
 
 from tasks.lm import flex
 from tasks.lm.blocks import Sight, attend, look
+from tasks.lm.cache import RowCache
 
 OF_OTHERS = ("softcap", "s_aux", "sinks", "indices", "block_indices")  # what other attentions take
 RELATIVE = ("mt5", "t5")  # encoder-decoders that tasks.lm.pairs serves
 NO_MASK = torch.empty(1, 1, 0, 0)  # any 4-D mask is handed on as it is
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
+
+_windows: ContextVar[list[int | None] | None] = ContextVar("windows", default=None)  # of a forward's calls
+_refused: WeakSet[torch.nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +129,8 @@ def forest_attention(
 ):
     """Attention over a forest; without one, plain SDPA. query [1, heads, T, D] -> [1, T, heads, D].
 
+    Where a batch decodes, `forest` is its :class:`tasks.lm.cache.RowCache`.
+
     Raises:
         ValueError: the layer is causal and the forest is not, or the reverse; the layer needs what a forest
             does not serve; several rows at once.
@@ -132,6 +140,8 @@ def forest_attention(
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **keys,
         )  # fmt: skip
+    if isinstance(forest, RowCache):
+        return forest.attend(query, key, value, scaling, keys.get("sliding_window")), None
     if query.shape[0] != 1:
         raise ValueError(f"a forest is one row; {query.shape[0]} rows came")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -148,8 +158,8 @@ def forest_attention(
         heads = (x[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
         bias = keys.get("position_bias")
         out = attend(sight, *heads, dropout=dropout, scaling=scaling, window=window, bias=bias)[None]
-    module.forest_calls = getattr(module, "forest_calls", 0) + 1
-    module.forest_window = window
+    if (seen := _windows.get()) is not None:
+        seen.append(window)
     return out, None
 
 
@@ -195,11 +205,15 @@ def has_forest(model) -> bool:
 def serve_forest(model) -> bool:
     """Enable the forest where the model can be served; False, with nothing changed, where it cannot.
 
-    Padded rows serve the others.
+    Padded rows serve the others. A model that was refused is not tried again: transformers warns each time.
     """
+    bare = unwrapped(model)
+    if bare in _refused:
+        return False
     try:
-        enable_forest(model)
+        enable_forest(bare)
     except ValueError:
+        _refused.add(bare)
         return False
     return True
 
@@ -221,8 +235,7 @@ def run_forest(model, forest: Forest, **keys):
             position_ids=forest.positions[None] + first_position(model),
             attention_mask=NO_MASK.to(device),
             forest=forest,
-            use_cache=False,
-            **keys,
+            **{"use_cache": False, **keys},
         )
 
 
@@ -234,12 +247,15 @@ def proven(model) -> Iterator[None]:
     wanted = _attentions(config)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * wanted
     windows = 0 if getattr(config, "sliding_window", None) is None else kinds.count("sliding_attention")
-    before = _calls(bare)
-    yield
-    found = _calls(bare) - before
-    if found != wanted:
-        raise ValueError(f"{type(bare).__name__} calls the forest attention {found} times, not {wanted}")
-    named = sum(getattr(module, "forest_window", None) is not None for module in bare.modules())
+    seen: list[int | None] = []
+    outer = _windows.set(seen)
+    try:
+        yield
+    finally:
+        _windows.reset(outer)
+    if len(seen) != wanted:
+        raise ValueError(f"{type(bare).__name__} calls the forest attention {len(seen)} times, not {wanted}")
+    named = sum(window is not None for window in seen)
     if named != windows:
         raise ValueError(f"{type(bare).__name__} names its sliding window in {named} of {windows} layers")
 
@@ -261,7 +277,3 @@ def _attentions(config) -> int:
     """Calls of one forward: one a layer, and in a decoder that has an encoder one more."""
     own = config.num_hidden_layers
     return own + 2 * config.num_decoder_layers if config.is_encoder_decoder else own
-
-
-def _calls(model) -> int:
-    return sum(getattr(m, "forest_calls", 0) for m in model.modules())

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from params.schema import Params
 from tasks.lm.forest import serve_forest
-from tasks.lm.generation import draw_uniforms, generate
+from tasks.lm.generation import draw_uniforms, generate, row_seeds
 from tasks.lm.loading import load_causal, load_tokenizer
 from tasks.lm.reward_model import RewardModel
 from tasks.lm.sequences import lay_out, response_logprobs
@@ -46,7 +46,7 @@ def answer(
     """`samples` responses to each prompt, scored; seed None: greedy."""
     length, machine = params.ppo.response_tokens, params.machine
     prompts = [row["prompt"] for row in rows for _ in range(samples)]
-    uniforms = None if seed is None else draw_uniforms(len(prompts), length, seed)
+    uniforms = None if seed is None else draw_uniforms(row_seeds(seed, len(prompts)), length)
     tokens = generate(
         model,
         prompts,

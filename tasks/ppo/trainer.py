@@ -10,7 +10,7 @@ from torch import Tensor
 
 from params.schema import PPOConfig
 from tasks.lm.forest import serve_forest
-from tasks.lm.generation import Responses, draw_uniforms, generate
+from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
 from tasks.lm.masked import masked_mean, masked_var, whiten
 from tasks.lm.optimizer import make_optimizer
 from tasks.lm.precision import autocast
@@ -54,18 +54,18 @@ class PPOTrainer:
 
     def generate(self, prompts: Sequence[Sequence[int]], seed: int, rows: int = 512) -> Responses:
         """Sample one response per prompt at `config.temperature`; B lists -> Responses [B, R]."""
-        uniforms = draw_uniforms(len(prompts), self.config.response_tokens, seed)
-        with self._precision():
-            return generate(
-                self.model.pretrained_model,
-                prompts,
-                max_tokens=self.config.response_tokens,
-                rows=rows,
-                eos_id=self.tokenizer.eos_token_id,
-                pad_id=self.tokenizer.pad_token_id,
-                uniforms=uniforms,
-                temperature=self.config.temperature,
-            )
+        uniforms = draw_uniforms(row_seeds(seed, len(prompts)), self.config.response_tokens)
+        return generate(
+            self.model.pretrained_model,
+            prompts,
+            max_tokens=self.config.response_tokens,
+            rows=rows,
+            eos_id=self.tokenizer.eos_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            uniforms=uniforms,
+            temperature=self.config.temperature,
+            dtype=self.config.dtype,
+        )
 
     def step(
         self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], scores: Tensor

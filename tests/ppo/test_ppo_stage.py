@@ -176,7 +176,7 @@ def test_a_broken_run_goes_on_bit_for_bit(upstream, tmp_path, monkeypatch, selec
 
 def test_best_is_the_highest_held_out_score_within_the_budget(upstream, tmp_path):
     """And its weights are those of a run that ended there."""
-    keys = {"select": "best", "eval_updates": 1, "learning_rate": 0.01, "updates": 6}
+    keys = {"select": "best", "eval_updates": 1, "learning_rate": 0.03, "updates": 6}
     free = project(upstream, tmp_path / "free")
     metrics = run(params(**keys, kl_budget_nats=1000), free).metrics
     rows = curve(free)
