@@ -67,6 +67,9 @@ def test_by_hand():
     half = read_tokens(states, weight, None, places, tokens, 0.5)
     assert half.logprobs.tolist()[:2] == pytest.approx([math.log(0.1), math.log(0.9)])
     assert (half.entropy, half.best) == (None, None)
+    never = torch.tensor([[-math.inf, 0.0, math.log(3)]])  # a token that cannot come
+    said = read_tokens(never, None, None, places[:1], tokens[:1], entropy=True)
+    assert said.entropy.tolist() == pytest.approx([spread]) and said.logprobs.tolist() == [-math.inf]
     assert summed_nll(states, weight, None, places, tokens).item() == pytest.approx(math.log(4 * 4 / 3 * 2))
     some = summed_nll(states, weight, None, places, tokens, torch.tensor([1.0, 0.0, 0.5]))
     assert some.item() == pytest.approx(math.log(4) + 0.5 * math.log(2))
