@@ -140,7 +140,8 @@ class PaddedDecoder:
             ValueError: the model keeps no key-value cache of transformers.
         """
         tokens, is_real = (x.to(self.model.device) for x in left_pad(self.prompts, 0))
-        self.cache, self.is_real, self.positions = None, is_real, positions_of(is_real)
+        self.cache, self.is_real = None, is_real
+        self.positions = positions_of(is_real) + first_position(self.model)
         logits = self._forward(tokens)
         if self.cache is None:
             raise ValueError(f"{type(unwrapped(self.model)).__name__} keeps no cache to decode with")

@@ -65,7 +65,7 @@ def watched(model, what):
 def as_when_large(monkeypatch):
     """Everything that pays only in large batches of large models, in tiny ones."""
     monkeypatch.setattr(prepack, "LEAST_WEIGHTS", 0)
-    monkeypatch.setitem(cache.WORTH_A_CALL, "cpu", 0)
+    monkeypatch.setitem(cache.WORTH_A_CALL, "cpu", 1)
 
 
 @pytest.fixture
