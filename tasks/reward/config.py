@@ -75,7 +75,7 @@ class RewardConfig(TrainingArguments):
         default=True, metadata={"help": "False: the answers to one question share the noise on it"}
     )
     microbatch_tokens: int = field(
-        default=2048, metadata={"help": "most tokens of one forward; a longer question is alone; 0: no bound"}
+        default=1024, metadata={"help": "most tokens of one forward; a longer question is alone; 0: no bound"}
     )
     optimizer: str = field(default="adamw", metadata={"help": "adamw or muon (tasks.lm.optimizer)"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "groups are records, not columns"})
