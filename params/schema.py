@@ -40,7 +40,7 @@ class MachineParams(Section):
         False, description="sft and reward on CPUs: oneDNN's float32 products, where a self-test is for them"
     )
     microbatch_tokens: int = Field(
-        4096, ge=1, description="most tokens in one forward of sft and reward; a longer row goes alone"
+        2048, ge=1, description="most tokens in one forward of sft and reward; a longer row goes alone"
     )
     microbatch_rows: int = Field(64, ge=1, description="most sequences in one forward of the other stages")
     decode_rows: int = Field(512, ge=1, description="most sequences that are sampled side by side")
@@ -206,32 +206,64 @@ class RewardEvalParams(Section):
     bootstrap_samples: int = Field(1000, ge=100, description="resamples of questions behind each interval")
 
 
-class PPOConfig(Section):
-    """Proximal policy optimisation; fields shared with TRL 0.11 keep its names and meaning."""
+UNUSED_BY_PPO = (  # fields of TRL 0.11's PPOConfig that describe a run, or that nothing here needs
+    "exp_name task_name model_name query_dataset reward_model remove_unused_columns tracker_kwargs "
+    "accelerator_kwargs project_kwargs tracker_project_name push_to_hub_if_best_kwargs compare_steps "
+    "world_size optimize_cuda_cache optimize_device_cache is_encoder_decoder is_peft_model "
+    "backward_batch_size global_backward_batch_size global_batch_size dataset_num_proc"
+).split()
 
-    updates: int = Field(50, ge=1, description="rollouts, each followed by ppo_epochs passes over it")
-    learning_rate: Positive = Field(1e-4, description="constant, AdamW")
-    batch_size: int = Field(128, ge=1, description="prompts of one rollout, over all processes")
-    mini_batch_size: int = Field(64, ge=1, description="responses per backward pass")
+
+class PPOConfig(Section):
+    """Proximal policy optimisation; fields shared with TRL 0.11 keep its names, meanings and defaults."""
+
+    updates: int = Field(100, ge=1, description="rollouts, each followed by ppo_epochs passes over it")
+    learning_rate: Positive = Field(1.41e-5, description="constant, Adam")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of Adam's second moment")
+    batch_size: int = Field(128, ge=1, description="responses of one rollout, over all processes")
+    mini_batch_size: int = Field(128, ge=1, description="responses per backward pass, over all processes")
     gradient_accumulation_steps: int = Field(1, ge=1, description="minibatches per optimizer step")
-    ppo_epochs: int = Field(1, ge=1, description="passes over one rollout")
-    init_kl_coef: float = Field(0.5, ge=0, description="price of KL at the start, score units per nat")
+    samples_per_prompt: int = Field(1, ge=1, description="responses of a rollout to each of its prompts")
+    ppo_epochs: int = Field(4, ge=1, description="passes over one rollout")
+    init_kl_coef: float = Field(0.2, ge=0, description="price of KL at the start, score units per nat")
     adap_kl_ctrl: bool = Field(True, description="adapt the price towards `target` (arXiv 1909.08593, 2.2)")
-    target: Positive = Field(0.5, description="wanted KL per response, nats")
+    target: Positive = Field(6.0, description="wanted KL per response, nats")
     horizon: int = Field(10000, ge=1, description="responses over which the price adapts")
+    kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = Field(
+        "kl", description="of a token: log ratio (k1), its size, half its square (k2), k3, or the whole sum"
+    )
+    kl_in: Literal["reward", "loss"] = Field("reward", description="where the price is paid")
     gamma: Share = 1.0
-    lam: Share = Field(1.0, description="lambda of GAE (arXiv 1506.02438, eq. 16)")
+    lam: Share = Field(0.95, description="lambda of GAE (arXiv 1506.02438, eq. 16)")
+    whiten_rewards: bool = Field(False, description="scale the rewards of a rollout to variance 1")
     cliprange: Positive = 0.2
     cliprange_value: Positive = 0.2
     vf_coef: float = Field(0.1, ge=0, description="weight of the value loss")
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Positive | None = Field(None, description="longer gradients are clipped; null: none is")
+    early_stopping: bool = Field(False, description="end the passes once |KL| to the old policy is too large")
+    target_kl: Positive = Field(1.0, description="nats per token; early_stopping allows half as much again")
+    ratio_threshold: Positive = Field(10.0, description="a step whose mean ratio exceeds this is skipped")
+    spike_factor: Positive = Field(
+        100.0, description="so is one whose gradient is this many times the median of recent ones"
+    )
+    max_skipped_steps: int = Field(
+        8, ge=1, description="skipped in a row; then the last good weights return, at half the learning rate"
+    )
+    critic_warmup_updates: int = Field(0, ge=0, description="first updates, which train the value head alone")
+    num_value_layers_unfrozen: int = Field(
+        0, ge=0, description="last blocks that the value head has for itself; 0: it shares the policy's"
+    )
+    use_score_scaling: bool = Field(False, description="divide scores by their running standard deviation")
+    use_score_norm: bool = Field(False, description="with use_score_scaling: take off their running mean")
+    score_clip: Positive | None = Field(None, description="largest size of a score, after scaling")
+    score_baseline: float = Field(0.0, description="taken from every score before all else")
+    missing_eos_penalty: float = Field(
+        0.0, ge=0, description="taken, after all else, from the score of a response without eos"
+    )
     temperature: Positive = Field(
         1.0, description="of sampling; log-probabilities are those of the tempered policy"
     )
     response_tokens: int = Field(32, ge=1, description="longest response")
-    missing_eos_penalty: float = Field(
-        1.0, ge=0, description="taken from the score of a response without eos"
-    )
     normalize_scores: bool = Field(
         True, description="score -> (score - mean) / std of the reward model's validation"
     )
@@ -240,7 +272,32 @@ class PPOConfig(Section):
     )
     kl_budget_nats: Positive = Field(1.0, description="KL per response that `select: best` may spend")
     eval_updates: int = Field(25, ge=1, description="updates between two looks at the held-out prompts")
+    preflight: bool = Field(
+        True, description="try rollout, log-probabilities and reward before compute is spent"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory, a third more compute")
     dtype: Dtype = Field("float32", description="autocast dtype of the forward; master weights stay float32")
+    log_with: Literal["mlflow", "wandb"] | None = Field(
+        None, description="where PPOTrainer.log_stats writes; the pipeline's runs are in MLflow as they are"
+    )
+    seed: int | None = Field(
+        None, ge=0, description="of sampling and minibatches; null: the run's seed decides"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_trl(cls, given):
+        """What TRL's users pass: names of its own for two numbers, and descriptions, which are left out."""
+        if not isinstance(given, dict):
+            return given
+        given = dict(given)
+        if found := [name for name in UNUSED_BY_PPO if given.pop(name, None) is not None]:
+            warnings.warn(f"PPOConfig: {', '.join(found)}: of no effect here", stacklevel=2)
+        if (forward := given.pop("forward_batch_size", None)) is not None:
+            given["mini_batch_size"] = forward
+        if (steps := given.pop("steps", None)) is not None:  # responses, in TRL
+            given.setdefault("updates", max(1, -(-int(steps) // int(given.get("batch_size", 128)))))
+        return given
 
     @model_validator(mode="after")
     def _divides(self) -> PPOConfig:
@@ -250,7 +307,24 @@ class PPOConfig(Section):
                 f"ppo.batch_size ({self.batch_size}) must be a multiple of ppo.mini_batch_size × "
                 f"ppo.gradient_accumulation_steps ({step})"
             )
+        if self.batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"ppo.batch_size ({self.batch_size}) must be a multiple of ppo.samples_per_prompt "
+                f"({self.samples_per_prompt})"
+            )
+        if self.kl_in == "loss" and self.kl_penalty not in ("mse", "k3"):
+            raise ValueError(
+                f"ppo.kl_penalty: {self.kl_penalty} cannot be paid in the loss (ppo.kl_in); mse, k3 can: kl "
+                "has no gradient in the mean, abs is no divergence, full needs the reference in each pass"
+            )
+        if self.use_score_norm and not self.use_score_scaling:
+            raise ValueError("ppo.use_score_norm needs ppo.use_score_scaling")
         return self
+
+    @property
+    def total_ppo_epochs(self) -> int:
+        """TRL's name for `updates`."""
+        return self.updates
 
 
 class PolicyEvalParams(Section):

@@ -1,6 +1,6 @@
-"""The clipped objective of PPO and the clipped value loss.
+"""The clipped objective of PPO and the clipped value loss, token by token.
 
-Sums over tokens, so that any split adds up to the whole.
+Sums and means are the caller's, so that any split adds up to the whole.
 """
 
 from __future__ import annotations
@@ -8,28 +8,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LARGEST_LOG_RATIO = 60.0  # e⁶⁰ is finite in float32, and so are its products with advantages
 
-def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, is_response: Tensor, cliprange: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The clipped surrogate (arXiv 1707.06347, eq. 7), negated. All [B, R] -> sums over the response tokens.
+
+def ratio_of(logprobs: Tensor, old_logprobs: Tensor, is_action: Tensor) -> Tensor:
+    """Probability now over probability then; 1 outside the mask; finite, however far the policy went.
+
+    [B, R] each -> [B, R].
+    """
+    log_ratio = (logprobs - old_logprobs).masked_fill(~is_action, 0)
+    return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+
+
+def policy_loss(ratio: Tensor, advantages: Tensor, cliprange: float) -> tuple[Tensor, Tensor]:
+    """The clipped surrogate (arXiv 1707.06347, eq. 7), negated. All [B, R].
 
     Returns:
-        The loss; the tokens whose clipped branch is the larger loss; the KL of the old policy to the new,
-        nats (k3 estimate: `ratio − 1 − log ratio`, never negative).
+        The loss of each token; whether its clipped branch is the larger loss.
     """
-    log_ratio = (logprobs - old_logprobs) * is_response
-    ratio = log_ratio.exp()
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    loss = (torch.maximum(free, clipped) * is_response).sum()
-    kl = ((ratio - 1 - log_ratio) * is_response).sum()
-    return loss, ((clipped > free) & is_response).sum(), kl.detach()
+    return torch.maximum(free, clipped), clipped > free
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, is_response: Tensor, cliprange: float
-) -> Tensor:
-    """Half the squared error, values clipped around the old ones, the larger of both. All [B, R] -> sum."""
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error, values clipped around the old ones, the larger of both. All [B, R].
+
+    Returns:
+        The loss of each token; whether its clipped branch is the larger loss.
+    """
     clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
-    error = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    return 0.5 * (error * is_response).sum()
+    free, bound = (values - returns) ** 2, (clipped - returns) ** 2
+    return 0.5 * torch.maximum(free, bound), bound > free

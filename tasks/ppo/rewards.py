@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
+ROUNDING_NATS = 1e-3  # a KL this little below zero is noise of float32
+_log = logging.getLogger(__name__)
 
-def token_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, is_response: Tensor, kl_coef: float
-) -> Tensor:
-    """Price every token by its KL, then pay the score on the last one (arXiv 1909.08593, eq. 2).
 
-    scores [B], others [B, R] -> [B, R]; each response has at least one token, real tokens are a prefix.
+def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
+    """Estimate KL(policy ‖ reference) from one sampled token. [B, R] -> [B, R] nats.
+
+    Args:
+        log_ratio: log policy − log reference of the token that was sampled.
+        kind: TRL's names. `kl`: the log ratio itself (k1; unbiased, may be negative); `abs`: its size; `mse`:
+            half its square (k2); `k3`: ratio⁻¹ − 1 + log ratio (unbiased, never negative; Schulman 2020).
     """
-    kl = (logprobs - ref_logprobs) * is_response  # k1 estimate, nats: unbiased, may be negative per token
-    last = is_response.sum(1, keepdim=True) - 1  # [B, 1]
-    return (-kl_coef * kl).scatter_add(1, last, scores[:, None])
+    match kind:
+        case "kl":
+            return log_ratio
+        case "abs":
+            return log_ratio.abs()
+        case "mse":
+            return 0.5 * log_ratio.square()
+        case "k3":
+            return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"kl_penalty: {kind} is no estimate from one token")
+
+
+def token_rewards(scores: Tensor | list[Tensor], kl: Tensor, is_action: Tensor, kl_coef: float) -> Tensor:
+    """Price every token by its KL and pay the score on the last one (arXiv 1909.08593, eq. 2). -> [B, R].
+
+    Args:
+        scores: [B]; or B tensors of a reward for each token of the response (dense rewards).
+        kl: [B, R] nats.
+        is_action: [B, R]; a response without an action is paid nothing.
+        kl_coef: score units per nat.
+    """
+    rewards = -kl_coef * kl * is_action
+    if isinstance(scores, list):
+        for row, dense in enumerate(scores):
+            rewards[row, : len(dense)] += dense.to(rewards)
+        return rewards * is_action
+    columns = torch.arange(is_action.shape[1], device=kl.device)
+    last = (columns * is_action).amax(1, keepdim=True)
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards)) * is_action
 
 
 class KLController:
     """The price of KL; with a target it adapts (arXiv 1909.08593, section 2.2), without one it is fixed.
+
+    A negative KL means that the samples are not the policy's, or that chance is being farmed; it never makes
+    KL cheaper here.
 
     Args:
         value: price at the start, score units per nat.
@@ -31,6 +69,47 @@ class KLController:
 
     def update(self, kl_nats: float, responses: int) -> None:
         """Raise the price when `kl_nats` per response exceeded the target, lower it when it fell short."""
-        if self.target is not None:
+        if kl_nats < -1:
+            _log.warning(
+                "KL to the reference is %.2f nats: are the responses samples of this policy?", kl_nats
+            )
+        if self.target is not None and kl_nats > -ROUNDING_NATS:
             error = min(max(kl_nats / self.target - 1, -0.2), 0.2)
             self.value *= 1 + error * responses / self.horizon
+
+
+class RunningMoments:
+    """Mean and standard deviation of all scores so far (Chan et al. 1979), over all processes.
+
+    Args:
+        total: sums a tensor over the processes.
+    """
+
+    def __init__(self, total: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        self.count, self.mean, self.squares = 0.0, 0.0, 0.0  # squares: of the distances from the mean
+        self._total = total
+
+    @property
+    def std(self) -> float:
+        """Unbiased; 1 while there is no spread to divide by."""
+        variance = self.squares / max(self.count - 1, 1)
+        return math.sqrt(variance) if variance > 0 else 1.0
+
+    def update(self, scores: Tensor) -> None:
+        """Take in some scores, [B]."""
+        scores = scores.double()
+        count, summed = self._total(torch.stack([scores.new_tensor(len(scores)), scores.sum()])).tolist()
+        mean = summed / count
+        squares = self._total((scores - mean).square().sum()).item()
+        away, whole = mean - self.mean, self.count + count
+        self.squares += squares + away**2 * self.count * count / whole
+        self.mean += away * count / whole
+        self.count = whole
+
+    def state_dict(self) -> dict[str, float]:
+        """Three numbers."""
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.count, self.mean, self.squares = state["count"], state["mean"], state["squares"]

@@ -9,7 +9,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from tasks.lm.sequences import Sequences, read_responses, response_logprobs
+from tasks.lm.sequences import Sequences, read_responses, response_kl, response_logprobs
+from tasks.ppo.rewards import kl_estimate
+
+Context = Callable[[], AbstractContextManager]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,38 +20,58 @@ class Rollout:
     """B responses before the update that learns from them."""
 
     sequences: Sequences
+    is_action: Tensor  # [B, R] bool: tokens the policy chose; those of a tool are seen, not learnt
     logprobs: Tensor  # [B, R] nats, of the policy that sampled
     entropy: Tensor  # [B, R] nats
     values: Tensor  # [B, R] score units, of the state before each token
     ref_logprobs: Tensor  # [B, R] nats
+    kl: Tensor  # [B, R] nats: what is priced
 
-    @property
-    def is_response(self) -> Tensor:
-        """Real response tokens, [B, R]."""
-        return self.sequences.is_response
+    def rows(self, index: Tensor) -> Rollout:
+        """Some rows."""
+        rest = {f.name: getattr(self, f.name)[index] for f in fields(self)[1:]}
+        return Rollout(self.sequences.rows(index), **rest)
 
     def kl_nats(self) -> Tensor:
-        """KL to the reference, summed over each response (k1 estimate). [B]."""
-        return ((self.logprobs - self.ref_logprobs) * self.is_response).sum(1)
+        """What is priced, summed over each response. [B]."""
+        return (self.kl * self.is_action).sum(1)
 
 
 @torch.no_grad()
 def observe(
     model,
     ref_model,
+    reference: Context,
     sequences: Sequences,
+    is_action: Tensor,
     temperature: float,
+    kl_penalty: str,
     rows: int,
-    precision: Callable[[], AbstractContextManager],
+    precision: Context,
 ) -> Rollout:
-    """What policy, critic and reference think of given responses, at most `rows` in one forward."""
+    """What policy, critic and reference think of given responses, at most `rows` in one forward.
+
+    Args:
+        model: a causal language model with a value head.
+        ref_model: another one; None: the model without its adapter.
+        reference: opens a context that gives either as a causal model.
+        sequences: B rows.
+        is_action: [B, R].
+        temperature: logits are divided by it.
+        kl_penalty: how the KL of a token is estimated.
+        rows: most in one forward.
+        precision: of the forward.
+    """
     parts = []
     for index in torch.arange(len(sequences.tokens), device=sequences.tokens.device).split(rows):
         part = sequences.rows(index)
         with precision():
-            own = read_responses(model, part, temperature)
-            parts.append((*own, response_logprobs(ref_model, part, temperature)))
-    names = [f.name for f in fields(Rollout)][1:]
-    return Rollout(
-        sequences, **{n: torch.cat(each) for n, each in zip(names, zip(*parts, strict=True), strict=True)}
-    )
+            logprobs, entropy, values = read_responses(model, part, temperature)
+            with reference() as causal:
+                ref_logprobs = response_logprobs(causal, part, temperature)
+            if kl_penalty == "full":
+                kl = response_kl(model, ref_model, part, temperature)
+            else:
+                kl = kl_estimate(logprobs - ref_logprobs, kl_penalty)
+        parts.append((logprobs, entropy, values, ref_logprobs, kl))
+    return Rollout(sequences, is_action, *(torch.cat(each) for each in zip(*parts, strict=True)))

@@ -1,197 +1,583 @@
-"""PPOTrainer: (prompts, responses, scores) in, a better policy out."""
+"""PPOTrainer: (prompts, responses, scores) in, a better policy out; the interface of TRL 0.11."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from params.schema import PPOConfig
-from tasks.lm.forest import serve_forest
+from tasks.lm.checkpointing import recompute_blocks
+from tasks.lm.forest import serve_forest, unwrapped
 from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
-from tasks.lm.masked import masked_mean, masked_var, whiten
-from tasks.lm.optimizer import make_optimizer
+from tasks.lm.masked import alone, whiten
 from tasks.lm.precision import autocast
-from tasks.lm.sequences import Sequences, lay_out, read_responses
+from tasks.lm.reference import create_reference_model
+from tasks.lm.scoring import room_of
+from tasks.lm.sequences import lay_out, read_responses
+from tasks.lm.value_head import AutoModelForCausalLMWithValueHead
 from tasks.ppo.advantages import gae
-from tasks.ppo.losses import policy_loss, value_loss
-from tasks.ppo.rewards import KLController, token_rewards
+from tasks.ppo.asking import Asked, asked_of
+from tasks.ppo.batch import Batch, check_batch, check_tokens
+from tasks.ppo.guard import SpikeGuard
+from tasks.ppo.losses import policy_loss, ratio_of, value_loss
+from tasks.ppo.rewards import KLController, RunningMoments, kl_estimate, token_rewards
 from tasks.ppo.rollout import Rollout, observe
+from tasks.ppo.statistics import OF_TOKENS, Passes, moments_of, rollout_statistics, token_sums
+from tasks.run.devices import derive_seed
+from tasks.run.tracking import check_tracker, track
+
+MOST_RETURNS = 8  # to earlier weights, before the training is given up
+_log = logging.getLogger(__name__)
 
 
 class PPOTrainer:
     """Proximal policy optimisation against scores from anywhere.
 
+    One optimizer step takes `mini_batch_size × gradient_accumulation_steps` responses over all processes and
+    is the mean over their tokens, however they are split. Models stay in evaluation mode: no dropout, in
+    rollouts and in updates. Global random numbers are neither drawn nor seeded.
+
     Args:
         config: learning rate, batch sizes, KL price and clip ranges.
-        model: AutoModelForCausalLMWithValueHead, trained in place and kept in evaluation mode (no dropout).
-        ref_model: a frozen causal language model; KL is measured to it.
-        tokenizer: gives eos and pad.
-        seed: decides the order of minibatches.
+        model: AutoModelForCausalLMWithValueHead, trained in place.
+        ref_model: a causal language model, with or without a value head; KL is measured to it. None: the
+            model without its adapter where it has one, else a frozen copy of it.
+        tokenizer: gives eos and pad, and is saved with the model.
+        dataset: rows for `dataloader`, which gives batches of `batch_size`, shuffled, without a remainder.
+        optimizer: over the model's parameters; None: Adam (arXiv 1412.6980).
+        data_collator: of `dataloader`.
+        num_shared_layers: without a `ref_model`: first layers that are frozen and that it shares in memory.
+        lr_scheduler: of `optimizer`, moved once per step.
+        seed: of sampling and minibatches where the configuration has none.
+        device: for the models; None: what accelerate chooses.
         microbatch_rows: most rows in one forward; caps memory, changes nothing else.
+
+    Raises:
+        ValueError: a model of another kind, a tokenizer without eos or pad, a reference of another
+            vocabulary, batch sizes that the processes do not divide, a tracker that is not installed.
     """
 
     def __init__(
-        self, config: PPOConfig, model, ref_model, tokenizer, seed: int = 0, microbatch_rows: int = 64
+        self,
+        config: PPOConfig | None = None,
+        model: AutoModelForCausalLMWithValueHead | None = None,
+        ref_model: nn.Module | None = None,
+        tokenizer: Any = None,
+        dataset: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        data_collator: Callable | None = None,
+        num_shared_layers: int | None = None,
+        lr_scheduler: Any = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        microbatch_rows: int = 64,
     ) -> None:
-        self.config, self.model, self.ref_model, self.tokenizer = (
-            config,
-            model.eval(),
-            ref_model.eval(),
-            tokenizer,
-        )
-        for served in (model.pretrained_model, ref_model):
-            serve_forest(served)
-        self.device = next(model.parameters()).device
-        self.microbatch_rows, self.seed, self.updates = microbatch_rows, seed, 0
+        self.config = config = config or PPOConfig()
+        _check_models(model, ref_model, tokenizer)
+        check_tracker(config.log_with)
+        self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
+        processes = self.accelerator.num_processes
+        for name in ("batch_size", "mini_batch_size"):
+            if getattr(config, name) % processes:
+                raise ValueError(
+                    f"ppo.{name} ({getattr(config, name)}) is not a multiple of {processes} processes"
+                )
+        self.batch_rows, self.mini_rows = config.batch_size // processes, config.mini_batch_size // processes
+        self.device = torch.device(device) if device is not None else self.accelerator.device
+        self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
+        self.ref_model = self._reference_of(ref_model, num_shared_layers)
+        for served in (self.model, self.ref_model):
+            if served is not None:
+                serve_forest(_causal(served))
+        self.seed = config.seed if config.seed is not None else seed
+        self.microbatch_rows, self.updates, self.draws, self.returns = microbatch_rows, 0, 0, 0
         self.kl_ctl = KLController(
             config.init_kl_coef, config.target if config.adap_kl_ctrl else None, config.horizon
         )
-        self.optimizer = make_optimizer(model.pretrained_model, "adamw", config.learning_rate, 0.0)
-        self.optimizer.add_param_group({"params": list(model.v_head.parameters()), "weight_decay": 0.0})
+        self.running = RunningMoments(self._total)
+        self.guard = SpikeGuard(config.ratio_threshold, config.spike_factor, config.max_skipped_steps)
+        self.restore: Callable[[], None] | None = None  # brings the last good state back; a loop sets it
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = optimizer or torch.optim.Adam(
+            self.parameters, config.learning_rate, betas=(0.9, config.adam_beta2), fused=True
+        )
+        self.lr_scheduler, self.dataset = lr_scheduler, dataset
+        self.dataloader = None if dataset is None else self._load(dataset, data_collator)
 
-    def generate(self, prompts: Sequence[Sequence[int]], seed: int, rows: int = 512) -> Responses:
-        """Sample one response per prompt at `config.temperature`; B lists -> Responses [B, R]."""
-        uniforms = draw_uniforms(row_seeds(seed, len(prompts)), self.config.response_tokens)
+    # ---- rollouts
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        rows: int = 512,
+        model: nn.Module | None = None,
+        asked: Asked | None = None,
+    ) -> Responses:
+        """One response to each prompt, at `config.temperature`. B lists -> Responses [B, R].
+
+        Args:
+            prompts: B lists of token ids; equal ones are read once.
+            seeds: B numbers, one for each response; nothing else of the batch decides it.
+            rows: most rows sampled side by side.
+            model: None: the policy.
+            asked: lengths and the like; None: `response_tokens` tokens until eos.
+        """
+        asked = asked or self._asked({}, len(prompts))
         return generate(
-            self.model.pretrained_model,
+            _causal(self.model) if model is None else model,
             prompts,
-            max_tokens=self.config.response_tokens,
-            rows=rows,
-            eos_id=self.tokenizer.eos_token_id,
+            max_tokens=asked.max_tokens,
+            eos_id=asked.eos_id,
             pad_id=self.tokenizer.pad_token_id,
-            uniforms=uniforms,
+            uniforms=draw_uniforms(seeds, max(asked.max_tokens)) if asked.do_sample else None,
             temperature=self.config.temperature,
+            top_k=asked.top_k,
+            top_p=asked.top_p,
+            min_tokens=asked.min_tokens,
+            rows=rows,
             dtype=self.config.dtype,
         )
 
+    def generate(
+        self,
+        query_tensor: Tensor | list[Tensor],
+        length_sampler: Callable[[], int] | None = None,
+        batch_size: int | None = None,
+        return_prompt: bool = True,
+        generate_ref_response: bool = False,
+        **generation_kwargs: Any,
+    ) -> Any:
+        """Responses as TRL's `generate` gives them, one uniform number per token and row.
+
+        Args:
+            query_tensor: one prompt [P], or a list of them.
+            length_sampler: gives the most new tokens of each row in turn.
+            batch_size: most rows sampled side by side; None: 512. It changes no response.
+            return_prompt: whether the prompt stands before its response.
+            generate_ref_response: the reference's responses as well, of the same random numbers.
+            generation_kwargs: as in transformers: `max_new_tokens`, `min_new_tokens`, `min_length`,
+                `do_sample` (True unless told otherwise), `temperature` (that of the configuration), `top_k`,
+                `top_p`, `eos_token_id` (−1: never), `pad_token_id`.
+
+        Returns:
+            A list of tensors [tokens], cut behind the first eos of the response; a tensor [1, tokens] where
+            one prompt came. With `generate_ref_response` a pair of these.
+
+        Raises:
+            ValueError: a 2-D tensor, an empty or too long prompt (names the row), or an argument that this
+                sampler does not know.
+        """
+        is_one = isinstance(query_tensor, Tensor)
+        queries = [query_tensor] if is_one else query_tensor
+        prompts = check_tokens("query_tensor", queries, self.vocabulary())
+        lengths = None if length_sampler is None else [int(length_sampler()) for _ in prompts]
+        asked = self._asked(generation_kwargs, len(prompts), lengths)
+        room = self.room()
+        for i, (prompt, most) in enumerate(zip(prompts, asked.max_tokens, strict=True)):
+            if room is not None and len(prompt) + most > room:
+                raise ValueError(
+                    f"query_tensor[{i}] has {len(prompt)} tokens and may get {most} more; the model has "
+                    f"room for {room}"
+                )
+        self.draws += 1
+        seeds = row_seeds(derive_seed(self.seed, "ppo", f"generate/{self.rank}/{self.draws}"), len(prompts))
+        found = [self._generated(prompts, seeds, batch_size or 512, None, asked, return_prompt)]
+        if generate_ref_response:
+            with self.reference() as ref_model:
+                found.append(
+                    self._generated(prompts, seeds, batch_size or 512, ref_model, asked, return_prompt)
+                )
+        if is_one:
+            found = [rows[0][None] for rows in found]
+        return tuple(found) if generate_ref_response else found[0]
+
+    def _generated(self, prompts, seeds, rows, model, asked: Asked, return_prompt: bool) -> list[Tensor]:
+        responses = self.sample(prompts, seeds, rows, model, asked).lists()
+        whole = [p + r if return_prompt else r for p, r in zip(prompts, responses, strict=True)]
+        return [torch.tensor(ids, dtype=torch.long, device=self.device) for ids in whole]
+
+    def observe(
+        self,
+        queries: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        is_action: Sequence[Sequence[bool]] | None = None,
+    ) -> Rollout:
+        """What policy, critic and reference think of B responses, before any update."""
+        sequences = lay_out(queries, responses, self.tokenizer.pad_token_id, self.device)
+        mask = sequences.is_response
+        if is_action is not None:
+            flat = [flag for row in is_action for flag in row]
+            mask = mask.clone().masked_scatter(mask, torch.tensor(flat, dtype=torch.bool, device=self.device))
+        return observe(
+            self.model, self.ref_model, self.reference, sequences, mask,
+            self.config.temperature, self.config.kl_penalty, self.microbatch_rows, self._precision,
+        )  # fmt: skip
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """The causal model that KL is measured to: `ref_model`, or the policy without its adapter."""
+        if self.ref_model is not None:
+            yield _causal(self.ref_model)
+        else:
+            with self.model.pretrained_model.disable_adapter():
+                yield self.model.pretrained_model
+
+    # ---- updates
+
     def step(
-        self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], scores: Tensor
-    ) -> dict[str, float]:
+        self,
+        queries: Sequence[Tensor],
+        responses: Sequence[Tensor],
+        scores: Sequence[Tensor] | Tensor,
+        response_masks: Sequence[Tensor] | None = None,
+    ) -> dict[str, Any]:
         """One update: `ppo_epochs` passes over one rollout.
 
         Args:
-            queries: B prompts, lists of token ids.
-            responses: B responses, eos included where there is one.
-            scores: [B], one per response.
+            queries: prompts, token ids; this process's share of `batch_size`.
+            responses: as many, eos included where there is one; an empty one teaches nothing.
+            scores: one number each, or one for each token of each response (dense rewards).
+            response_masks: as the responses: 0 where a token is not the policy's (a tool's answer).
 
         Returns:
-            Statistics under TRL's names.
+            Statistics, under TRL's names where TRL has them (:mod:`tasks.ppo.statistics`); `time/…` in
+            seconds.
 
         Raises:
-            ValueError: not `batch_size` of each, an empty row, or a score that is not finite (names the row).
+            ValueError: as :func:`tasks.ppo.batch.check_batch`; nothing has moved.
         """
-        sizes = (len(queries), len(responses), len(scores))
-        if any(n != self.config.batch_size for n in sizes):
-            raise ValueError(f"step takes ppo.batch_size ({self.config.batch_size}) of each; {sizes} came")
-        empty = [i for i, response in enumerate(responses) if len(response) == 0]
-        if empty:
-            raise ValueError(f"response {empty[0]} is empty; each needs at least one token")
-        bad = (~torch.isfinite(scores)).nonzero()
-        if len(bad):
-            raise ValueError(f"the score of response {int(bad[0])} is not finite")
-        seen = self.observe(queries, responses)
-        kl, price = seen.kl_nats(), self.kl_ctl.value
-        rewards = token_rewards(
-            scores.to(self.device).float(), seen.logprobs, seen.ref_logprobs, seen.is_response, price
+        clock = _Clock()
+        room = self.room()
+        batch = check_batch(
+            queries, responses, scores, response_masks, self.batch_rows, self.vocabulary(), room
         )
-        advantages, returns = gae(rewards, seen.values, seen.is_response, self.config.gamma, self.config.lam)
-        losses = self._improve(seen, whiten(advantages, seen.is_response), returns)
-        self.kl_ctl.update(kl.mean().item(), len(queries))
+        seen = self.observe(batch.queries, batch.responses, batch.is_action)
+        clock.lap("forward_pass")
+        paid, price = self.shape(batch), self.kl_ctl.value
+        in_reward = price if self.config.kl_in == "reward" else 0.0
+        rewards = token_rewards(paid, seen.kl, seen.is_action, in_reward)
+        clock.lap("compute_rewards")
+        if self.config.whiten_rewards:
+            rewards = whiten(rewards, seen.is_action, self._total, shift_mean=False)
+        advantages, returns = gae(rewards, seen.values, seen.is_action, self.config.gamma, self.config.lam)
+        advantages = whiten(advantages, seen.is_action, self._total)
+        clock.lap("compute_advantages")
+        passes = self._improve(seen, advantages, returns)
+        clock.lap("optimize_step")
+        each = torch.stack([s.sum() for s in paid]) if isinstance(paid, list) else paid
+        stats = rollout_statistics(seen, each, price, batch.queries, self._total) | passes.statistics()
+        stats |= {
+            "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "ppo/steps_skipped": self.guard.skipped,
+        }
+        self.kl_ctl.update(stats["objective/kl"], self.config.batch_size)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
         self.updates += 1
-        unexplained = masked_var(returns - seen.values, seen.is_response)
-        variance = masked_var(returns, seen.is_response).clamp(min=1e-8)
-        return losses | {
-            "objective/kl": kl.mean().item(),
-            "objective/kl_coef": price,
-            "objective/entropy": masked_mean(seen.entropy, seen.is_response).item(),
-            "ppo/mean_scores": scores.float().mean().item(),
-            "ppo/std_scores": scores.float().std(correction=0).item(),
-            "ppo/mean_non_score_reward": (-price * kl / seen.is_response.sum(1)).mean().item(),
-            "ppo/val/var_explained": (1 - unexplained / variance).item(),
-            "tokens/responses_len_mean": seen.is_response.sum(1).float().mean().item(),
-        }
+        if self.guard.is_lost:
+            self._return()
+        clock.lap("calc_stats")
+        return stats | clock.statistics()
 
-    def observe(self, queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Rollout:
-        """What policy, critic and reference think of B responses, before any update."""
-        sequences = lay_out(queries, responses, self.tokenizer.pad_token_id, self.device)
-        return observe(
-            self.model,
-            self.ref_model,
-            sequences,
-            self.config.temperature,
-            self.microbatch_rows,
-            self._precision,
-        )
+    def shape(self, batch: Batch, learn: bool = True) -> Tensor | list[Tensor]:
+        """Scores as they are paid: less the baseline, scaled, clipped, less the penalty of a missing eos.
 
-    def _precision(self):
-        return autocast(self.device, self.config.dtype)
+        Args:
+            batch: what came.
+            learn: whether the running moments take the scores in.
 
-    def _improve(self, seen: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
-        """The passes over the rollout.
+        Returns:
+            [B], or B rows of a reward per token.
 
-        One optimizer step per mini_batch_size × gradient_accumulation_steps rows.
+        Raises:
+            ValueError: a reward per token came, and the configuration scales or clips scores.
         """
-        config = self.config
-        draw = torch.Generator().manual_seed((self.seed + self.updates) % 2**63)
-        totals, tokens, norms = (
-            torch.zeros(4),
-            0,
-            [],
-        )  # policy loss, value loss, clipped tokens, KL to the old policy
-        for _ in range(config.ppo_epochs):
-            order = torch.randperm(config.batch_size, generator=draw).to(self.device)
-            for rows in order.split(config.mini_batch_size * config.gradient_accumulation_steps):
-                count = int(seen.is_response[rows].sum())
-                for part in rows.split(min(config.mini_batch_size, self.microbatch_rows)):
-                    old = seen.logprobs[part], seen.values[part]
-                    totals += self._backward(
-                        seen.sequences.rows(part), *old, advantages[part], returns[part], count
-                    )
-                norms.append(
-                    torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm).item()
-                )
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                tokens += count
-        policy, value, clipped, moved = (totals / tokens).tolist()
-        return {
-            "ppo/loss/policy": policy,
-            "ppo/loss/value": value,
-            "ppo/loss/total": policy + config.vf_coef * value,
-            "ppo/policy/clipfrac": clipped,
-            "ppo/policy/approxkl": moved,
-            "ppo/grad_norm": sum(norms) / len(norms),
-        }
+        config, scores = self.config, batch.scores
+        if isinstance(scores, list):
+            if config.use_score_scaling or config.score_clip or config.score_baseline:
+                raise ValueError("scores: a reward per token is neither scaled, clipped nor given a baseline")
+            if config.missing_eos_penalty:
+                for row, response in zip(scores, batch.responses, strict=True):
+                    if response and response[-1] != self.tokenizer.eos_token_id:
+                        row[-1] -= config.missing_eos_penalty
+            return [row.to(self.device) for row in scores]
+        scores = scores.to(self.device) - config.score_baseline
+        if config.use_score_scaling:
+            if learn:
+                self.running.update(scores)
+            scores = (scores - (self.running.mean if config.use_score_norm else 0.0)) / self.running.std
+        if config.score_clip is not None:
+            scores = scores.clamp(-config.score_clip, config.score_clip)
+        is_open = [not r or r[-1] != self.tokenizer.eos_token_id for r in batch.responses]
+        return scores - config.missing_eos_penalty * torch.tensor(is_open, device=self.device)
+
+    def _improve(self, seen: Rollout, advantages: Tensor, returns: Tensor) -> Passes:
+        """The passes over the rollout; they end early where KL to the old policy or a spike says so."""
+        config, passes = self.config, Passes(self.config.vf_coef)
+        for order in self._orders():
+            for rows in order.to(self.device).split(self.mini_rows * config.gradient_accumulation_steps):
+                self._optimize(seen.rows(rows), advantages[rows], returns[rows], passes)
+                if self.guard.is_lost:
+                    return passes
+            moved = passes.rows[-1]["policy/policykl"] if passes.rows else 0.0
+            if config.early_stopping and abs(moved) > 1.5 * config.target_kl:
+                break
+        return passes
+
+    def _orders(self) -> Iterator[Tensor]:
+        """The order of the rows in each pass; a function of seed, update and pass alone."""
+        for epoch in range(self.config.ppo_epochs):
+            purpose = f"minibatches/{self.returns}/{self.updates}/{epoch}"
+            draw = torch.Generator().manual_seed(derive_seed(self.seed, "ppo", purpose))
+            yield torch.randperm(self.batch_rows, generator=draw)
+
+    def _optimize(self, seen: Rollout, advantages: Tensor, returns: Tensor, passes: Passes) -> None:
+        """One optimizer step."""
+        count = self._total(seen.is_action.sum().double()).item()
+        if not count:
+            return
+        sums = torch.zeros(len(OF_TOKENS), dtype=torch.float64, device=self.device)
+        every = torch.arange(len(advantages), device=self.device)
+        for part in every.split(min(self.mini_rows, self.microbatch_rows)):
+            sums += self._backward(seen.rows(part), advantages[part], returns[part], count, passes)
+        means = dict(zip(OF_TOKENS, (self._total(sums) / count).tolist(), strict=True))
+        self._sum_gradients()
+        norm = self._clip()
+        passes.add(means, norm, moments_of(returns, seen.values, seen.is_action, self._total))
+        if self.guard.allows(passes.rows[-1]["loss/total"], means["ratio"], norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _clip(self) -> float:
+        """The norm of the gradient, which is no longer than `max_grad_norm` afterwards."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.config.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
+        return norm.item()
 
     def _backward(
-        self, sequences: Sequences, old_logprobs, old_values, advantages, returns, count: int
+        self, seen: Rollout, advantages: Tensor, returns: Tensor, count: float, passes: Passes
     ) -> Tensor:
-        """Gradient of the mean loss over the `count` response tokens of one optimizer step.
+        """Gradient of the mean loss over the `count` tokens of one optimizer step. -> sums, as OF_TOKENS."""
+        config, mask = self.config, seen.is_action
+        is_warming = self.updates < config.critic_warmup_updates
+        with self._precision(), recompute_blocks(self.model, config.gradient_checkpointing):
+            logprobs, entropy, values = read_responses(
+                self.model, seen.sequences, config.temperature, freeze_trunk=is_warming
+            )
+            ratio = ratio_of(logprobs, seen.logprobs, mask)
+            policy, is_clipped = policy_loss(ratio, advantages, config.cliprange)
+            value, is_value_clipped = value_loss(values, seen.values, returns, config.cliprange_value)
+            loss, kl_loss = config.vf_coef * value, torch.zeros_like(policy)
+            if not is_warming:
+                if config.kl_in == "loss":
+                    kl_loss = self.kl_ctl.value * kl_estimate(logprobs - seen.ref_logprobs, config.kl_penalty)
+                loss = loss + policy + kl_loss
+            (loss.masked_fill(~mask, 0).sum() / count).backward()
+        moved = (logprobs - seen.logprobs).detach()
+        passes.ratios.append(ratio.detach()[mask])
+        passes.advantages.append(advantages[mask])
+        of_tokens = (
+            policy, value, is_clipped, is_value_clipped, 0.5 * moved**2, -moved,
+            entropy, advantages, values, (values - returns) ** 2, ratio, kl_loss,
+        )  # fmt: skip
+        return token_sums(dict(zip(OF_TOKENS, of_tokens, strict=True)), mask)
 
-        Returns sums [4].
+    def _return(self) -> None:
+        """After too many skipped steps in a row: earlier weights where a loop keeps some, half the rate."""
+        returns = self.returns + 1
+        if returns > MOST_RETURNS:
+            raise RuntimeError(f"PPO: the training was lost {returns} times; lower ppo.learning_rate")
+        if self.restore is not None:
+            self.restore()
+        for group in self.optimizer.param_groups:
+            group["lr"] *= 0.5 ** (returns - self.returns)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.base_lrs = [
+                lr * 0.5 ** (returns - self.returns) for lr in self.lr_scheduler.base_lrs
+            ]
+        self.returns, self.guard.in_a_row = returns, 0
+        _log.error(
+            "PPO: %d steps in a row were skipped; going on from update %d with the learning rate %.3g",
+            self.config.max_skipped_steps, self.updates, self.optimizer.param_groups[0]["lr"],
+        )  # fmt: skip
+
+    # ---- facts
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self.accelerator.process_index
+
+    def vocabulary(self) -> int:
+        """Tokens the model can say."""
+        return _vocabulary_of(self.model)
+
+    def room(self) -> int | None:
+        """Most tokens of prompt and response together; None: no bound."""
+        return room_of(_causal(self.model))
+
+    def mean(self, values: Sequence[float]) -> float:
+        """Mean over all processes."""
+        summed = torch.tensor([sum(values), len(values)], dtype=torch.float64, device=self.device)
+        total, count = self._total(summed).tolist()
+        return total / max(count, 1)
+
+    # ---- the whole loop, what is kept, and what is told
+
+    def train(self, prompts: Sequence, reward_fn: Callable, **keys: Any):
+        """`config.updates` rollouts and updates; see :func:`tasks.ppo.loop.train`."""
+        from tasks.ppo.loop import train
+
+        return train(self, prompts, reward_fn, **keys)
+
+    def log_stats(
+        self,
+        stats: dict[str, Any],
+        batch: dict[str, Any],
+        rewards: Sequence[Tensor] | Tensor,
+        columns_to_log: Sequence[str] = ("query", "response"),
+    ) -> None:
+        """Write a step's statistics to `config.log_with`; scalars, and with wandb the texts in `batch`.
+
+        Raises:
+            ValueError: a column that `batch` does not have.
         """
-        config, mask = self.config, sequences.is_response
-        with self._precision():
-            logprobs, _, values = read_responses(self.model, sequences, config.temperature, entropy=False)
-        policy, clipped, moved = policy_loss(logprobs, old_logprobs, advantages, mask, config.cliprange)
-        value = value_loss(values, old_values, returns, mask, config.cliprange_value)
-        ((policy + config.vf_coef * value) / count).backward()
-        return torch.stack([policy.detach(), value.detach(), clipped.float(), moved]).cpu()
+        if missing := [name for name in columns_to_log if name not in batch]:
+            raise ValueError(f"columns_to_log: the batch has no {missing[0]}; it has {', '.join(batch)}")
+        scores = torch.stack([torch.as_tensor(r).float().reshape(-1).sum() for r in rewards]).to(self.device)
+        scores = self.accelerator.gather(scores)
+        if self.accelerator.is_main_process and self.config.log_with:
+            found = {k: float(v) for k, v in stats.items() if isinstance(v, int | float)}
+            found |= {
+                "env/reward_mean": scores.mean().item(),
+                "env/reward_std": scores.std(correction=0).item(),
+            }
+            rows = zip(*(batch[name] for name in columns_to_log), scores.tolist(), strict=False)
+            track(self.config.log_with, found, self.updates, [*columns_to_log, "reward"], list(rows))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """The model, with its value head in a file of its own, and the tokenizer; from one process."""
+        if self.accelerator.is_main_process:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def push_to_hub(self, repo_id: str, **keys: Any) -> Any:
+        """Model and tokenizer to the Hub; `keys` as of the model's `push_to_hub`."""
+        if self.accelerator.is_main_process:
+            self.tokenizer.push_to_hub(repo_id, **keys)
+            return self.model.push_to_hub(repo_id, **keys)
+        return None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on: weights, optimizer, KL price, number of updates."""
+        """All that the next step depends on."""
+        scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scheduler": scheduler,
             "kl_coef": self.kl_ctl.value,
+            "running": self.running.state_dict(),
+            "guard": self.guard.state_dict(),
             "updates": self.updates,
+            "draws": self.draws,
+            "returns": self.returns,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.kl_ctl.value, self.updates = state["kl_coef"], state["updates"]
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+        self.running.load_state_dict(state["running"])
+        self.guard.load_state_dict(state["guard"])
+        self.kl_ctl.value = state["kl_coef"]
+        self.updates, self.draws, self.returns = state["updates"], state["draws"], state["returns"]
+
+    # ---- small things
+
+    def _precision(self):
+        return autocast(self.device, self.config.dtype)
+
+    def _asked(self, given: dict[str, Any], rows: int, lengths: Sequence[int] | None = None) -> Asked:
+        return asked_of(given, self.config, self.tokenizer.eos_token_id, self.vocabulary(), rows, lengths)
+
+    def _total(self, values: Tensor) -> Tensor:
+        """The sum over processes."""
+        return (
+            alone(values) if self.accelerator.num_processes == 1 else self.accelerator.reduce(values, "sum")
+        )
+
+    def _sum_gradients(self) -> None:
+        """Every process holds the gradient of its own rows; from here on that of all."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+
+    def _reference_of(self, ref_model, num_shared_layers: int | None):
+        if ref_model is not None:
+            if num_shared_layers is not None:
+                _log.warning("num_shared_layers has no effect beside a ref_model: the two share nothing")
+            return ref_model.to(self.device).eval()
+        if self.model.is_peft_model:
+            return None
+        return create_reference_model(self.model, num_shared_layers)
+
+    def _load(self, dataset, collate):
+        draw = torch.Generator().manual_seed(derive_seed(self.seed, "ppo", "dataset"))
+        loader = torch.utils.data.DataLoader(
+            dataset, self.batch_rows, shuffle=True, drop_last=True, collate_fn=collate, generator=draw
+        )
+        return self.accelerator.prepare(loader)
+
+
+class _Clock:
+    """Seconds between laps, under TRL's names."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"time/ppo/{name}"], self.last = now - self.last, now
+
+    def statistics(self) -> dict[str, float]:
+        return self.laps | {"time/ppo/total": self.last - self.start}
+
+
+def _causal(model: nn.Module) -> nn.Module:
+    """The language model of one with a value head; another one as it is."""
+    return getattr(model, "pretrained_model", model)
+
+
+def _vocabulary_of(model: nn.Module) -> int:
+    return unwrapped(_causal(model)).get_output_embeddings().weight.shape[0]
+
+
+def _check_models(model, ref_model, tokenizer) -> None:
+    if not isinstance(model, AutoModelForCausalLMWithValueHead):
+        raise ValueError(f"model must be an AutoModelForCausalLMWithValueHead, not {type(model).__name__}")
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name, None) is None:
+            raise ValueError(f"tokenizer: it has no {name}")
+    if ref_model is None:
+        return
+    if ref_model is model:
+        raise ValueError("ref_model is the model itself, which would move with it; leave it out for a copy")
+    own, other = _vocabulary_of(model), _vocabulary_of(ref_model)
+    if own != other:
+        raise ValueError(f"ref_model has a vocabulary of {other} tokens, the model one of {own}")

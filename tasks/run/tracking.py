@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,41 @@ def log_metrics(values: Mapping[str, float], step: int | None = None) -> None:
     """Metrics of the active stage run, once per name and step; nothing without one."""
     if _active:
         _active.add(values, step or 0)
+
+
+def check_tracker(name: str | None) -> None:
+    """Refuse a tracker that is not installed.
+
+    Raises:
+        ValueError: `name` (mlflow, wandb, or None for none) cannot be imported.
+    """
+    if name is not None and find_spec(name) is None:
+        raise ValueError(f"log_with is {name}, which is not installed")
+
+
+def track(name: str, values: Mapping[str, float], step: int, columns: list[str], rows: list[tuple]) -> None:
+    """Metrics of a trainer that is used without a stage, in the caller's own run.
+
+    Args:
+        name: mlflow (a stage's run where one is open, else mlflow's active run) or wandb.
+        values: finite or not.
+        step: of the training.
+        columns: of a table, which wandb alone shows.
+        rows: of the table.
+    """
+    if name == "wandb":
+        import wandb
+
+        table = {"game_log": wandb.Table(columns=columns, rows=[list(row) for row in rows])} if rows else {}
+        wandb.log({**values, **table}, step=step)
+    elif _active:
+        _active.add(values, step)
+    else:
+        for variable, value in ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
+        import mlflow
+
+        mlflow.log_metrics(dict(values), step=step)
 
 
 def log_artifact(path: Path, folder: str = "") -> None:

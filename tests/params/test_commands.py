@@ -7,7 +7,8 @@ import pytest
 
 from params.__main__ import PRESETS, main, presets
 from params.load import read
-from params.schema import Params
+
+SAMPLE = read(PRESETS / "sample.yaml")
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def state() -> dict[str, str]:
 def test_use_sample(project, capsys):
     assert main(["use", "sample"]) == 0
     assert capsys.readouterr().out == "params.yaml: preset sample\n"
-    assert read() == Params()
+    assert read() == SAMPLE
     assert main(["check"]) == 0
     assert capsys.readouterr().out == "params.yaml: ok\n"
 
@@ -65,8 +66,8 @@ def test_settings(project):
     assert main(["use", "sample", "sft.learning_rate=1e-5", "seed=7", "reward_eval.enforce=false"]) == 0
     params = read()
     assert (params.sft.learning_rate, params.seed, params.reward_eval.enforce) == (1e-5, 7, False)
-    usual = {"seed": 0, "sft": Params().sft, "reward_eval": Params().reward_eval}
-    assert params.model_copy(update=usual) == Params()
+    usual = {"seed": 0, "sft": SAMPLE.sft, "reward_eval": SAMPLE.reward_eval}
+    assert params.model_copy(update=usual) == SAMPLE
     command = "python -m params use sample sft.learning_rate=1e-5 seed=7 reward_eval.enforce=false"
     assert Path("params.yaml").read_text().startswith(f"# Written by `{command}`.\n")
 

@@ -79,5 +79,6 @@ def test_missing_file(tmp_path):
 
 def test_the_committed_file_is_the_rendered_default():
     text = (REPOSITORY / "params.yaml").read_text()
-    assert text == render(Params(), "python -m params use sample")
-    assert read(REPOSITORY / "params.yaml") == Params()
+    sample = read(REPOSITORY / "params/presets/sample.yaml")
+    assert text == render(sample, "python -m params use sample")
+    assert read(REPOSITORY / "params.yaml") == sample

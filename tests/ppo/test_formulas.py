@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.ppo.advantages import gae
-from tasks.ppo.losses import policy_loss, value_loss
-from tasks.ppo.rewards import KLController, token_rewards
+from tasks.ppo.guard import SpikeGuard
+from tasks.ppo.losses import policy_loss, ratio_of, value_loss
+from tasks.ppo.rewards import KLController, RunningMoments, kl_estimate, token_rewards
 
 T, F = True, False
 
@@ -28,23 +29,40 @@ def prefix(lengths, width):
 # ---- rewards
 
 
+def paid(scores, logprobs, reference, real, price):
+    return token_rewards(scores, kl_estimate(logprobs - reference, "kl"), real, price)
+
+
 def test_token_rewards_by_hand():
     """KL of 1, −2 and .5 nats at a price of .1; the score lands on the last real token."""
     logprobs = torch.tensor([[-1.0, -3.0, -9.0], [-0.5, -1.0, -1.0]])
     reference = torch.tensor([[-2.0, -1.0, -5.0], [-1.0, -1.0, -1.0]])
-    found = token_rewards(torch.tensor([4.0, -2.0]), logprobs, reference, prefix([2, 1], 3), 0.1)
+    found = paid(torch.tensor([4.0, -2.0]), logprobs, reference, prefix([2, 1], 3), 0.1)
     assert tiny.far(found, [[-0.1, 4.2, 0.0], [-2.05, 0.0, 0.0]]) < 1e-6
 
 
 def test_rewards_sum_to_the_score_less_the_price_of_the_kl():
     real, logprobs, reference = prefix([5, 1, 3], 5), drawn(3, 5), drawn(3, 5, seed=1)
     scores = torch.tensor([1.0, 2.0, 3.0])
-    found = token_rewards(scores, logprobs, reference, real, 0.3).sum(1)
+    found = paid(scores, logprobs, reference, real, 0.3).sum(1)
     assert tiny.far(found, scores - 0.3 * ((logprobs - reference) * real).sum(1)) < 1e-6
 
 
+def test_the_score_falls_on_the_last_action_and_an_empty_response_gets_none():
+    """Actions at 0 1 and 3, a tool's token at 2; nothing; a tool's token last."""
+    is_action = torch.tensor([[T, T, F, T], [F, F, F, F], [T, F, F, F]])
+    found = token_rewards(torch.tensor([5.0, 6.0, 7.0]), torch.ones(3, 4), is_action, 0.5)
+    assert found.tolist() == [[-0.5, -0.5, 0, 4.5], [0, 0, 0, 0], [6.5, 0, 0, 0]]
+
+
+def test_a_reward_for_each_token_by_hand():
+    dense = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0])]
+    found = token_rewards(dense, torch.ones(2, 3), torch.tensor([[T, F, T], [T, F, F]]), 0.1)
+    assert tiny.far(found, [[0.9, 0, 2.9], [3.9, 0, 0]]) < 1e-6
+
+
 def test_no_price_pays_the_score_alone():
-    found = token_rewards(torch.tensor([7.0]), drawn(1, 4), drawn(1, 4, seed=1), prefix([3], 4), 0.0)
+    found = paid(torch.tensor([7.0]), drawn(1, 4), drawn(1, 4, seed=1), prefix([3], 4), 0.0)
     assert found.tolist() == [[0, 0, 7, 0]]
 
 
@@ -52,11 +70,49 @@ def test_columns_of_junk_change_no_reward():
     real, logprobs, reference = prefix([2, 3], 3), drawn(2, 3), drawn(2, 3, seed=1)
     scores = torch.tensor([1.0, -1.0])
     junk = torch.full((2, 2), 1e6)
-    wide = token_rewards(
+    wide = paid(
         scores, torch.cat([logprobs, junk], 1), torch.cat([reference, -junk], 1), prefix([2, 3], 5), 0.2
     )
-    assert torch.equal(wide[:, :3], token_rewards(scores, logprobs, reference, real, 0.2))
+    assert torch.equal(wide[:, :3], paid(scores, logprobs, reference, real, 0.2))
     assert not wide[:, 3:].any()
+
+
+# ---- KL
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [("kl", [1, -2]), ("abs", [1, 2]), ("mse", [0.5, 2]), ("k3", [math.exp(-1), math.exp(2) - 3])],
+)
+def test_estimates_of_kl_by_hand(kind, wanted):
+    assert tiny.far(kl_estimate(torch.tensor([1.0, -2.0]), kind), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["kl", "k3"])
+def test_unbiased_estimates_average_to_the_kl(kind):
+    """Over the policy's own distribution, exactly."""
+    policy, reference = (drawn(50, seed=n).double().log_softmax(0) for n in (0, 1))
+    exact = (policy.exp() * (policy - reference)).sum()
+    assert tiny.far((policy.exp() * kl_estimate(policy - reference, kind)).sum(), exact) < 1e-10
+
+
+def test_the_gradient_of_k2_is_that_of_the_kl():
+    """At fixed samples the mean gradient of k2 is ∇KL, and that of k1 is nothing."""
+    logits = drawn(20).double().requires_grad_()
+    reference = drawn(20, seed=1).double().log_softmax(0)
+    policy = logits.log_softmax(0)
+    (wanted,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
+    weights = policy.detach().exp()  # each token as often as it is drawn
+    of_kind = lambda kind: torch.autograd.grad(  # noqa: E731
+        (weights * kl_estimate(policy - reference, kind)).sum(), logits, retain_graph=True
+    )[0]
+    assert tiny.far(of_kind("mse"), wanted) < 1e-10
+    assert of_kind("kl").abs().max() < 1e-10
+
+
+def test_an_unknown_estimate_is_refused():
+    with pytest.raises(ValueError, match="kl_penalty: full is no estimate from one token"):
+        kl_estimate(torch.zeros(1), "full")
 
 
 @pytest.mark.parametrize(
@@ -66,12 +122,14 @@ def test_columns_of_junk_change_no_reward():
         (6.6, 6.0, 256, 0.2 * (1 + 0.1 * 256 / 10000)),
         (60.0, 6.0, 256, 0.2 * (1 + 0.2 * 256 / 10000)),
         (0.0, 6.0, 128, 0.2 * (1 - 0.2 * 128 / 10000)),
+        (-1e-6, 6.0, 128, 0.2 * (1 - 0.2 * 128 / 10000)),
         (5.7, 6.0, 256, 0.2 * (1 - 0.05 * 256 / 10000)),
-        (-5.0, 6.0, 256, 0.2 * (1 - 0.2 * 256 / 10000)),
+        (-5.0, 6.0, 256, 0.2),
         (100.0, None, 256, 0.2),
     ],
 )
 def test_the_price_of_kl_by_zieglers_formula(kl, target, responses, price):
+    """A negative KL, beyond rounding, lowers no price; in TRL 0.11 it does."""
     controller = KLController(0.2, target, 10000)
     controller.update(kl, responses)
     assert controller.value == pytest.approx(price, rel=1e-12)
@@ -82,6 +140,33 @@ def test_the_price_compounds():
     for _ in range(3):
         controller.update(9.0, 50)
     assert controller.value == pytest.approx(1.1**3)
+
+
+def test_a_clearly_negative_kl_is_reported(caplog):
+    KLController(0.2, 6.0, 100).update(-0.5, 8)
+    assert not caplog.records
+    KLController(0.2, 6.0, 100).update(-1.5, 8)
+    assert "KL to the reference is -1.50 nats" in caplog.text
+
+
+def test_running_moments_are_those_of_all_scores():
+    moments, scores = RunningMoments(), 3 + 5 * drawn(23)
+    assert moments.std == 1
+    for part in scores.split([4, 1, 10, 8]):
+        moments.update(part)
+    assert moments.mean == pytest.approx(scores.mean().item(), rel=1e-6)
+    assert moments.std == pytest.approx(scores.std().item(), rel=1e-6)
+    other = RunningMoments()
+    other.load_state_dict(moments.state_dict())
+    for each in (moments, other):
+        each.update(scores)
+    assert (other.mean, other.std) == (moments.mean, moments.std)
+
+
+def test_scores_without_spread_divide_by_one():
+    moments = RunningMoments()
+    moments.update(torch.full((5,), 2.0))
+    assert (moments.mean, moments.std) == (2.0, 1.0)
 
 
 # ---- advantages
@@ -135,61 +220,70 @@ def test_a_masked_gap_does_not_exist():
 # ---- losses
 
 
+def losses(new, old, advantages, real, cliprange):
+    """Sums over the real tokens: loss, clipped tokens."""
+    ratio = ratio_of(new, old, real)
+    return [(x * real).sum() for x in policy_loss(ratio, advantages, cliprange)]
+
+
 def test_policy_loss_by_hand():
     """Ratios 1.5, .5, 1.1, .5, 1.5 with advantages 2, 2, −1, −1, −2; clipped at .8 and 1.2."""
     old = torch.zeros(1, 5)
     new = torch.tensor([[1.5, 0.5, 1.1, 0.5, 1.5]]).log()
     advantages = torch.tensor([[2.0, 2.0, -1.0, -1.0, -2.0]])
-    loss, clipped, kl = policy_loss(new, old, advantages, prefix([5], 5), 0.2)
+    loss, clipped = losses(new, old, advantages, prefix([5], 5), 0.2)
     assert loss.item() == pytest.approx(-2.4 - 1.0 + 1.1 + 0.8 + 3.0)
     assert clipped.item() == 2, "the first and the fourth"
-    ratios = (1.5, 0.5, 1.1, 0.5, 1.5)
-    assert kl.item() == pytest.approx(sum(r - 1 - math.log(r) for r in ratios), rel=1e-5)
 
 
 def test_clipped_tokens_give_no_gradient():
     new = torch.tensor([[1.5, 0.5, 1.1, 0.5, 1.5]]).log().requires_grad_()
-    policy_loss(new, torch.zeros(1, 5), torch.tensor([[2.0, 2.0, -1.0, -1.0, -2.0]]), prefix([5], 5), 0.2)[
-        0
-    ].backward()
+    advantages = torch.tensor([[2.0, 2.0, -1.0, -1.0, -2.0]])
+    losses(new, torch.zeros(1, 5), advantages, prefix([5], 5), 0.2)[0].backward()
     assert tiny.far(new.grad, [[0.0, -1.0, 1.1, 0.0, 3.0]]) < 1e-6
 
 
 def test_the_first_gradient_is_the_policy_gradient():
-    """At ratio 1 the gradient of the loss is −advantage, the loss is minus the sum of advantages, no KL."""
+    """At ratio 1 the gradient of the loss is −advantage and the loss is minus the sum of advantages."""
     logprobs, advantages, real = drawn(3, 4).requires_grad_(), drawn(3, 4, seed=1), prefix([4, 1, 2], 4)
-    loss, clipped, kl = policy_loss(logprobs, logprobs.detach(), advantages, real, 0.2)
+    loss, clipped = losses(logprobs, logprobs.detach(), advantages, real, 0.2)
     loss.backward()
     assert tiny.far(logprobs.grad, -advantages * real) < 1e-6
     assert loss.item() == pytest.approx(-(advantages * real).sum().item(), rel=1e-5)
-    assert clipped == 0 and kl == 0 and not kl.requires_grad
+    assert clipped == 0
+
+
+@pytest.mark.parametrize("advantage", [3.0, -3.0])
+def test_a_ratio_beyond_float32_stays_finite(advantage):
+    """TRL 0.11: inf · 0 = NaN."""
+    new = torch.tensor([[200.0, 1.0]]).requires_grad_()
+    loss, _ = losses(
+        new, torch.tensor([[-200.0, 1.0]]), torch.tensor([[advantage, 0.0]]), prefix([2], 2), 0.2
+    )
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(new.grad).all()
 
 
 def test_value_loss_by_hand():
     """Old value 0, clip .2, return 1: .1 is free, .5 is clipped to .2 whose error is larger, 3 is farther."""
-    old, returns = torch.zeros(1, 3), torch.ones(1, 3)
-    found = value_loss(torch.tensor([[0.1, 0.5, 3.0]]), old, returns, prefix([3], 3), 0.2)
-    assert found.item() == pytest.approx(0.5 * (0.9**2 + 0.8**2 + 2.0**2))
+    found, clipped = value_loss(torch.tensor([[0.1, 0.5, 3.0]]), torch.zeros(1, 3), torch.ones(1, 3), 0.2)
+    assert tiny.far(found, [[0.5 * 0.9**2, 0.5 * 0.8**2, 0.5 * 2.0**2]]) < 1e-6
+    assert clipped.tolist() == [[False, True, False]]
 
 
 def test_value_loss_without_a_bound_is_half_the_squared_error():
     values, old, returns = drawn(2, 5), drawn(2, 5, seed=1), drawn(2, 5, seed=2)
-    real = prefix([5, 2], 5)
-    found = value_loss(values, old, returns, real, 1e9)
-    assert found.item() == pytest.approx(0.5 * ((values - returns)[real] ** 2).sum().item(), rel=1e-5)
+    assert tiny.far(value_loss(values, old, returns, 1e9)[0], 0.5 * (values - returns) ** 2) < 1e-6
 
 
 def test_columns_of_junk_change_no_loss():
-    lengths = [2, 3]
-    new, old, advantages, values, returns = (drawn(2, 3, seed=n) for n in range(5))
+    new, old, advantages = (drawn(2, 3, seed=n) for n in range(3))
     wide = [
-        torch.cat([x, torch.full((2, 2), 50.0 * (-1) ** n)], 1)
-        for n, x in enumerate((new, old, advantages, values, returns))
+        torch.cat([x, torch.full((2, 2), 50.0 * (-1) ** n)], 1) for n, x in enumerate((new, old, advantages))
     ]
-    real = prefix(lengths, 3), prefix(lengths, 5)
     for found, wanted in zip(
-        (*policy_loss(*wide[:3], real[1], 0.2), value_loss(*wide[3:], wide[0], real[1], 0.2)),
-        (*policy_loss(new, old, advantages, real[0], 0.2), value_loss(values, returns, new, real[0], 0.2)),
+        losses(*wide, prefix([2, 3], 5), 0.2),
+        losses(new, old, advantages, prefix([2, 3], 3), 0.2),
         strict=True,
     ):
         assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
@@ -200,6 +294,24 @@ def test_columns_of_junk_change_no_loss():
 def test_the_clipped_objective_is_a_lower_bound(seed, cliprange):
     new, old, advantages = (drawn(2, 4, seed=seed + n) for n in range(3))
     real = prefix([4, 2], 4)
-    loss, clipped, kl = policy_loss(new, old, advantages, real, cliprange)
+    loss, clipped = losses(new, old, advantages, real, cliprange)
     free = -(advantages * (new - old).exp() * real).sum()
-    assert loss >= free - 1e-4 and 0 <= clipped <= real.sum() and kl >= 0
+    assert loss >= free - 1e-4 and 0 <= clipped <= real.sum()
+
+
+# ---- the guard of steps
+
+
+def test_a_step_that_is_not_finite_or_far_off_is_refused(caplog):
+    guard = SpikeGuard(ratio_threshold=10.0, spike_factor=5.0, patience=3)
+    assert all(guard.allows(0.1, 1.0, 1.0) for _ in range(15)) and guard.allows(0.1, 1.0, 1e6)
+    assert guard.allows(0.1, 10.0, 5.0) and not guard.allows(0.1, 10.1, 1.0)
+    assert not guard.allows(math.nan, 1.0, 1.0) and not guard.is_lost
+    assert not guard.allows(0.1, 1.0, math.inf) and guard.is_lost and guard.skipped == 3
+    assert guard.allows(0.1, 1.0, 1.0) and guard.in_a_row == 0, "one good step forgives"
+    assert not guard.allows(0.1, 1.0, 5.1), "the median of the norms is 1"
+    assert "the mean ratio 10.1 exceeds ratio_threshold 10" in caplog.text
+    assert "the gradient norm 5.1 is more than 5 times the usual 1" in caplog.text
+    other = SpikeGuard(10.0, 5.0, 3)
+    other.load_state_dict(guard.state_dict())
+    assert not other.allows(0.1, 1.0, 5.1) and (other.skipped, other.in_a_row) == (5, 2)

@@ -7,45 +7,10 @@ import copy
 import pytest
 import tiny
 import torch
+from made_trainers import DROPOUT, batch, far_weights, first_gradients, trainer, weights
 
-from params.schema import PPOConfig
-from tasks.lm import AutoModelForCausalLMWithValueHead
+from tasks.lm.generation import row_seeds
 from tasks.lm.sequences import lay_out, read_responses
-from tasks.ppo import PPOTrainer
-from tasks.ppo.rollout import observe
-
-DROPOUT = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
-CONFIG = {
-    "batch_size": 8, "mini_batch_size": 4, "response_tokens": 6, "learning_rate": 1e-2, "ppo_epochs": 2,
-    "init_kl_coef": 0.1, "lam": 0.9, "gamma": 0.99, "target": 0.5, "horizon": 100, "max_grad_norm": 1e9,
-}  # fmt: skip
-
-
-def trainer(kind="llama", seed=0, microbatch_rows=64, model_keys=None, **keys) -> PPOTrainer:
-    policy = AutoModelForCausalLMWithValueHead(tiny.causal(kind, seed, **(model_keys or {})))
-    reference = tiny.causal(kind, seed, **(model_keys or {})).requires_grad_(False)
-    config = PPOConfig(**{**CONFIG, **keys})
-    return PPOTrainer(config, policy, reference, tiny.SPECIAL, 11, microbatch_rows)
-
-
-def batch(count=8, seed=0):
-    """Prompts and responses of uneven lengths, some ending with eos; scores around zero."""
-    draw = torch.Generator().manual_seed(seed)
-    prompts = tiny.drawn(torch.randint(1, 9, (count,), generator=draw).tolist(), seed + 1)
-    responses = tiny.drawn(torch.randint(1, 7, (count,), generator=draw).tolist(), seed + 2)
-    responses = [[*r[:-1], tiny.EOS] if n % 2 else r for n, r in enumerate(responses)]
-    return prompts, responses, torch.randn(count, generator=draw)
-
-
-def weights(made):
-    return {n: v.clone() for n, v in made.model.state_dict().items()}
-
-
-def far_weights(found, wanted, start) -> float:
-    """Largest difference of two sets of weights, relative to the largest step that was made."""
-    moved = max((wanted[n] - start[n]).abs().max() for n in wanted)
-    assert moved > 1e-4
-    return float(max((found[n] - wanted[n]).abs().max() for n in wanted) / moved)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
@@ -80,7 +45,7 @@ def test_kl_is_zero_and_the_ratio_one_at_the_start_even_with_dropout(kind):
     seen = made.observe(prompts, responses)
     assert seen.kl_nats().abs().max() < 1e-5
     again = read_responses(made.model, seen.sequences, 1.0)[0]
-    assert torch.equal((again - seen.logprobs) * seen.is_response, torch.zeros_like(again))
+    assert torch.equal((again - seen.logprobs) * seen.is_action, torch.zeros_like(again))
     stats = made.step(prompts, responses, scores)
     assert stats["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert stats["ppo/policy/approxkl"] == pytest.approx(0, abs=1e-7) and stats["ppo/policy/clipfrac"] == 0
@@ -91,7 +56,7 @@ def test_sampled_tokens_have_the_log_probabilities_they_were_sampled_with():
     """Rollout and re-forward are one policy, at any temperature: the mean of −log p is the entropy."""
     made = trainer("gpt2", temperature=1.7, response_tokens=3)
     prompts = [[5, 9, 3]] * 3000
-    responses = made.generate(prompts, seed=3).lists()
+    responses = made.sample(prompts, row_seeds(3, len(prompts))).lists()
     seen = made.observe(prompts, responses)
     first = slice(0, 1)
     surprise = -seen.logprobs[:, first].mean()
@@ -116,7 +81,7 @@ def test_gradients_of_one_step_by_the_definition():
         returns.append(score.expand(len(response)))  # KL is zero, γ = 1: every token's return is the score
         advantages.append((score - value[0, before]).detach())
     flat = torch.cat(advantages)
-    white = (flat - flat.mean()) / (flat.var(correction=0) + 1e-8).sqrt()
+    white = (flat - flat.mean()) / (flat.var() + 1e-8).sqrt()
     loss = (
         -(white * torch.cat(logps)).mean()
         + 0.5 * 0.5 * ((torch.cat(values) - torch.cat(returns)) ** 2).mean()
@@ -130,7 +95,7 @@ def test_each_optimizer_step_takes_the_mean_over_its_own_tokens():
     steps, counts = [], []
     made = trainer(ppo_epochs=1, mini_batch_size=2, learning_rate=1e-30)
     backward = made._backward
-    made._backward = lambda *a: counts.append(a[-1]) or backward(*a)
+    made._backward = lambda *a: counts.append(a[3]) or backward(*a)
     made.optimizer.register_step_pre_hook(lambda *_: steps.append(tiny.gradients(made.model, keep=True)))
     prompts, responses, scores = batch()
     made.step(prompts, responses, scores)
@@ -159,21 +124,14 @@ def test_accumulated_minibatches_are_one_minibatch(mini, times):
     assert tiny.far_gradients(caught[1], caught[0]) <= 1e-5
 
 
-def first_gradients(**keys):
-    """The gradients of the first optimizer step of an update."""
-    made, caught = trainer(**keys), []
-    made.optimizer.register_step_pre_hook(lambda *_: caught.append(tiny.gradients(made.model, keep=True)))
-    made.step(*batch())
-    return caught[0]
-
-
 @pytest.mark.parametrize("rows", [1, 3])
 def test_microbatch_rows_cap_memory_and_change_nothing(rows):
     assert tiny.far_gradients(first_gradients(microbatch_rows=rows), first_gradients()) <= 1e-5
     whole, parts = trainer(), trainer(microbatch_rows=rows)
     stats = [made.step(*batch()) for made in (whole, parts)]
     assert stats[0].keys() == stats[1].keys()
-    for name, value in stats[0].items():
+    numbers = {n: v for n, v in stats[0].items() if isinstance(v, float) and not n.startswith("time/")}
+    for name, value in numbers.items():
         assert stats[1][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
@@ -212,32 +170,43 @@ def test_every_weight_is_trained_and_the_reference_is_not():
     )
 
 
+def changed(scores, row, value):
+    return [torch.tensor(value) if i == row else s for i, s in enumerate(scores)]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda q, r, s: (q[:7], r, s), r"queries holds 7 rows; a step takes 8"),
+        (lambda q, r, s: (q, r[:7], s), "responses holds 7 rows"),
+        (lambda q, r, s: (q, r, [*s, *s]), "scores holds 16 rows"),
+        (lambda q, r, s: (q, r, s, [[1]] * 7), "response_masks holds 7 rows"),
+        (lambda q, r, s: (q, r, changed(s, 3, torch.nan)), r"scores\[3\] is not finite"),
+        (lambda q, r, s: (q, r, changed(s, 0, -torch.inf)), r"scores\[0\] is not finite"),
+        (lambda q, r, s: (q, r, [*s[:2], torch.zeros(2, 2), *s[3:]]), r"scores\[2\] has the shape \(2, 2\)"),
+        (lambda q, r, s: (q, r, [*s[:2], torch.zeros(len(r[2]) + 2), *s[3:]]), r"scores\[2\] has the shape"),
+        (lambda q, r, s: ([*q[:2], [], *q[3:]], r, s), r"queries\[2\] is empty"),
+        (lambda q, r, s: ([*q[:2], [4, 32], *q[3:]], r, s), r"queries\[2\] holds token ids outside .* of 32"),
+        (lambda q, r, s: (q, [*r[:6], [-100, 3], *r[7:]], s), r"responses\[6\] holds token ids outside"),
+        (lambda q, r, s: (torch.zeros(8, 3), r, s), "queries must be a list of token rows, not Tensor"),
+        (lambda q, r, s: ([torch.zeros(3)] * 8, r, s), r"queries\[0\] must hold token ids.* torch.float32"),
         (
-            lambda q, r, s: (q[:7], r[:7], s[:7]),
-            r"step takes ppo\.batch_size \(8\) of each; \(7, 7, 7\) came",
-        ),
-        (lambda q, r, s: (q, r[:7], s), r"\(8, 7, 8\) came"),
-        (lambda q, r, s: (q, r, torch.cat([s, s])), r"\(8, 8, 16\) came"),
-        (
-            lambda q, r, s: (q, r, s.clone().index_fill_(0, torch.tensor(3), torch.nan)),
-            "score of response 3 is not",
+            lambda q, r, s: ([*q[:7], [5] * 63], [*r[:7], [6, 7]], s),
+            r"queries\[7\] .* have 63 \+ 2 .* for 64",
         ),
         (
-            lambda q, r, s: (q, r, s.clone().index_fill_(0, torch.tensor(0), -torch.inf)),
-            "score of response 0 is not",
+            lambda q, r, s: (q, r, s, [[1] * len(x) for x in r[:7]] + [[1] * 9]),
+            r"response_masks\[7\] must hold",
         ),
-        (lambda q, r, s: (q, [*r[:5], [], *r[6:]], s), "response 5 is empty"),
-        (lambda q, r, s: ([*q[:2], [], *q[3:]], r, s), "prompt 2 is empty"),
+        (lambda q, r, s: (q, r, s, [[2] * len(x) for x in r]), r"response_masks\[0\] must hold 0 or 1"),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_moves(change, message):
     made = trainer()
     start = weights(made)
+    prompts, responses, scores = batch()
     with pytest.raises(ValueError, match=message):
-        made.step(*change(*batch()))
+        made.step(*change(prompts, responses, list(scores)))
     assert made.updates == 0 and all(torch.equal(v, start[n]) for n, v in weights(made).items())
 
 
@@ -247,13 +216,13 @@ def test_one_response_token_leaves_finite_weights():
     for score in (3.0, -2.0):
         stats = made.step([[5, 6]], [[7]], torch.tensor([score]))
     assert all(torch.isfinite(v).all() for v in weights(made).values())
-    assert all(torch.isfinite(torch.tensor(v)) for v in stats.values())
+    assert all(torch.isfinite(torch.as_tensor(v)).all() for v in stats.values())
 
 
 def test_statistics_by_hand():
     made = trainer(ppo_epochs=1)
     with torch.no_grad():
-        made.ref_model.lm_head.weight.mul_(0.5)
+        made.ref_model.lm_head.weight.mul_(1.5)
     prompts, responses, scores = batch()
     seen = made.observe(prompts, responses)
     made.kl_ctl.target = seen.kl_nats().mean().item() / 1.1  # a miss of 10 %, which is not clipped
@@ -266,11 +235,15 @@ def test_statistics_by_hand():
     assert stats["objective/kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
     assert stats["objective/kl_coef"] == 0.1
     assert stats["ppo/mean_scores"] == pytest.approx(scores.mean().item(), rel=1e-5)
-    assert stats["ppo/std_scores"] == pytest.approx(scores.std(correction=0).item(), rel=1e-5)
+    assert stats["ppo/std_scores"] == pytest.approx(scores.std().item(), rel=1e-5)
     assert stats["tokens/responses_len_mean"] == pytest.approx(lengths.float().mean().item())
     flat = torch.cat([row[:n] for row, n in zip(seen.entropy, lengths, strict=True)])
-    assert stats["objective/entropy"] == pytest.approx(flat.mean().item(), rel=1e-4)
-    assert stats["ppo/mean_non_score_reward"] == pytest.approx((-0.1 * kl / lengths).mean().item(), rel=1e-4)
+    assert stats["rollout/token_entropy_nats"] == pytest.approx(flat.mean().item(), rel=1e-4)
+    surprise = -torch.stack([row[:n].sum() for row, n in zip(seen.logprobs, lengths, strict=True)])
+    assert stats["objective/entropy"] == pytest.approx(surprise.mean().item(), rel=1e-4)
+    assert stats["ppo/mean_non_score_reward"] == pytest.approx(
+        (-0.1 * kl.sum() / lengths.sum()).item(), rel=1e-4
+    )
     assert made.kl_ctl.value == pytest.approx(0.1 * (1 + 0.1 * 8 / 100), rel=1e-5)
 
 
@@ -278,7 +251,7 @@ def test_bfloat16_is_near_float32_and_keeps_float32_weights():
     half, whole = trainer(dtype="bfloat16"), trainer()
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
     stats, wanted = half.step(*batch()), whole.step(*batch())
-    for name in ("ppo/loss/value", "objective/entropy"):
+    for name in ("ppo/loss/value", "rollout/token_entropy_nats"):
         assert stats[name] == pytest.approx(wanted[name], rel=0.1) and stats[name] != wanted[name]
 
 
@@ -306,26 +279,15 @@ def test_a_saved_state_goes_on_bit_for_bit(kind):
     assert all(torch.equal(v, weights(whole)[n]) for n, v in weights(resumed).items())
 
 
-def test_the_order_of_minibatches_changes_with_the_update():
-    def order(seed, update):
-        made, seen = trainer(ppo_epochs=1), []
+def test_the_order_of_minibatches_changes_with_seed_update_and_pass():
+    def orders(seed, update):
+        made = trainer(ppo_epochs=2)
         made.seed, made.updates = seed, update
-        made._backward = lambda sequences, *_: (
-            seen.extend(sequences.tokens[:, -1].tolist()),
-            torch.zeros(4),
-        )[1]
-        rows = torch.arange(8)
-        sequences = lay_out([[5]] * 8, [[int(n) + 2] for n in rows], tiny.PAD, "cpu")
-        ones = torch.zeros(8, 1)
-        with torch.no_grad():
-            seen_rollout = observe(made.model, made.ref_model, sequences, 1.0, 8, made._precision)
-        for parameter in made.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        made._improve(seen_rollout, ones, ones)
-        return seen
+        return [tuple(order.tolist()) for order in made._orders()]
 
-    assert order(1, 0) == order(1, 0) and len({tuple(order(s, u)) for s in (1, 9) for u in (0, 1)}) == 4
-    assert sorted(order(1, 0)) == list(range(2, 10)), "every row once"
+    found = [order for seed in (1, 9) for update in (0, 1) for order in orders(seed, update)]
+    assert len(set(found)) == 8 and orders(9, 1) == found[-2:]
+    assert all(sorted(order) == list(range(8)) for order in found), "every row once"
 
 
 def test_a_rewarded_token_becomes_likely():
@@ -345,7 +307,7 @@ def test_a_rewarded_token_becomes_likely():
 
     before = chance()
     for number in range(25):
-        responses = made.generate(prompts, seed=number).lists()
+        responses = made.sample(prompts, row_seeds(number, 64)).lists()
         made.step(prompts, responses, torch.tensor([float(r[0] == arm) for r in responses]))
     assert before < 0.2 and chance() > 0.8
 
@@ -363,8 +325,8 @@ def test_kl_has_a_price():
             adap_kl_ctrl=False,
         )
         for number in range(10):
-            responses = made.generate([[5, 6]] * 64, seed=number).lists()
+            responses = made.sample([[5, 6]] * 64, row_seeds(number, 64)).lists()
             made.step([[5, 6]] * 64, responses, torch.tensor([float(r[0] == 17) for r in responses]))
-        responses = made.generate([[5, 6]] * 64, seed=99).lists()
+        responses = made.sample([[5, 6]] * 64, row_seeds(99, 64)).lists()
         found[price] = made.observe([[5, 6]] * 64, responses).kl_nats().mean().item()
     assert found[20.0] < 0.3 * found[0.0]

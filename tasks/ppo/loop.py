@@ -1,0 +1,246 @@
+"""The whole loop: sample, score, step; look at held-out prompts; keep what a killed or lost run needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from params.schema import PPOConfig
+from tasks.lm.generation import Responses, row_seeds
+from tasks.ppo.batch import check_batch, check_tokens
+from tasks.ppo.preflight import preflight
+from tasks.run import checkpoint
+from tasks.run.curve import Curve
+from tasks.run.devices import derive_seed
+
+if TYPE_CHECKING:
+    from tasks.ppo.trainer import PPOTrainer
+
+COLUMNS = {  # curve.csv -> statistic
+    "score": "ppo/mean_scores",
+    "kl_nats": "objective/kl",
+    "kl_coef": "objective/kl_coef",
+    "entropy_nats": "rollout/token_entropy_nats",
+    "value_loss": "ppo/loss/value",
+    "policy_loss": "ppo/loss/policy",
+    "clipfrac": "ppo/policy/clipfrac",
+    "approxkl_nats": "ppo/policy/approxkl",
+    "response_tokens": "tokens/responses_len_mean",
+    "eos_rate": "eos_rate",
+}
+HELD_OUT = ("held_out_score", "held_out_kl_nats")
+RewardFunction = Callable[[list, list], Tensor | Sequence]  # B prompts, B responses -> as `scores` of a step
+_log = logging.getLogger(__name__)
+
+
+def train(
+    trainer: PPOTrainer,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    reward_fn: RewardFunction,
+    *,
+    held_out: Sequence | None = None,
+    folder: Path | str | None = None,
+    checkpoint_updates: int = 10,
+    decode_rows: int = 512,
+    on_update: Callable[[int, dict[str, Any]], None] | None = None,
+) -> Curve:
+    """`trainer.config.updates` rollouts and updates.
+
+    Args:
+        trainer: trained in place; in the end it holds the weights that `select` names.
+        prompts: texts, or lists of token ids.
+        reward_fn: scores B responses to B prompts: texts where `prompts` are texts (special tokens left out),
+            token ids where they are ids. -> B numbers, or B rows of a reward per token.
+        held_out: prompts of the looks every `eval_updates`; None: the first 64 of `prompts`.
+        folder: for checkpoints; a run that finds one there goes on from it, bit for bit.
+        checkpoint_updates: updates between two of them.
+        decode_rows: most rows sampled side by side.
+        on_update: told the number of each update and its statistics.
+
+    Returns:
+        A row of statistics per update.
+
+    Raises:
+        ValueError: no prompt, one that is empty or too long (names it), what `preflight` found, or what
+            `PPOTrainer.step` refuses.
+    """
+    if not len(prompts):
+        raise ValueError("prompts is empty; PPO needs at least one")
+    is_text = isinstance(prompts[0], str)
+    if is_text:
+        reward_fn = _of_texts(trainer.tokenizer, reward_fn)
+    rows = [
+        _tokens(trainer, name, given, is_text)
+        for name, given in (("prompts", prompts), ("held_out", held_out))
+    ]
+    loop = Loop(trainer, reward_fn, rows[0], rows[1] or rows[0][:64], decode_rows)
+    loop.run(Path(folder) if folder else None, checkpoint_updates, on_update)
+    loop.select()
+    return loop.curve
+
+
+def _tokens(trainer: PPOTrainer, name: str, given: Sequence | None, is_text: bool) -> list[list[int]]:
+    if given is None:
+        return []
+    ids = [trainer.tokenizer(text)["input_ids"] for text in given] if is_text else list(given)
+    room = trainer.room()
+    most = None if room is None else room - trainer.config.response_tokens
+    return check_tokens(name, ids, trainer.vocabulary(), room=most)
+
+
+def _of_texts(tokenizer, reward_fn: RewardFunction) -> RewardFunction:
+    def scored(prompts: list[list[int]], responses: list[list[int]]):
+        texts = (tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (prompts, responses))
+        return reward_fn(*texts)
+
+    return scored
+
+
+def prompts_of_update(update: int, prompts: int, batch: int, seed: int) -> list[int]:
+    """Which prompts rollout number `update` uses.
+
+    Shuffled passes over all of them, a function of its number alone.
+    """
+    wanted, found = range(update * batch, (update + 1) * batch), []
+    for epoch in range(wanted.start // prompts, (wanted.stop - 1) // prompts + 1):
+        order = torch.randperm(
+            prompts, generator=torch.Generator().manual_seed((seed + epoch) % 2**63)
+        ).tolist()
+        found += [order[i - epoch * prompts] for i in wanted if i // prompts == epoch]
+    return found
+
+
+class Loop:
+    """The updates of one run, with all that a checkpoint must hold.
+
+    Args:
+        trainer: its configuration and seed decide everything.
+        reward_fn: of token ids.
+        train: prompts of the rollouts.
+        held: prompts of the looks.
+        decode_rows: most rows sampled side by side.
+    """
+
+    def __init__(
+        self,
+        trainer: PPOTrainer,
+        reward_fn: RewardFunction,
+        train: list[list[int]],
+        held: list[list[int]],
+        decode_rows: int = 512,
+    ) -> None:
+        self.trainer, self.reward_fn, self.train, self.held = trainer, reward_fn, train, held
+        self.config: PPOConfig = trainer.config
+        self.decode_rows = decode_rows
+        self.curve = Curve([*COLUMNS, *HELD_OUT])
+        self.best: dict | None = (
+            None  # update, score and weights of the best held-out score within the budget
+        )
+
+    def run(
+        self,
+        folder: Path | None,
+        checkpoint_updates: int,
+        on_update: Callable[[int, dict[str, Any]], None] | None = None,
+    ) -> None:
+        """All updates that are left, from the newest checkpoint in `folder` if there is one."""
+        trainer = self.trainer
+        if folder and (found := checkpoint.latest(folder)):
+            self.load_state_dict(found.state)
+        else:
+            if self.config.preflight:
+                preflight(trainer, self.train, self.reward_fn)
+            if folder:
+                self._save(folder)
+        if folder:
+            trainer.restore = lambda: self.load_state_dict(checkpoint.latest(folder).state)
+        try:
+            while trainer.updates < self.config.updates:
+                stats = self.update()
+                if on_update is not None:
+                    on_update(trainer.updates, stats)
+                if folder and trainer.updates % checkpoint_updates == 0:
+                    self._save(folder)
+        finally:
+            trainer.restore = None
+
+    def update(self) -> dict[str, Any]:
+        """Sample, score, step; returns the statistics, with `tokens` that were worked on."""
+        trainer, config, number = self.trainer, self.config, self.trainer.updates
+        each = config.samples_per_prompt
+        chosen = prompts_of_update(
+            number, len(self.train), config.batch_size // each, self._seed(f"prompts/{trainer.returns}")
+        )
+        seeds = row_seeds(self._seed(f"rollout/{trainer.returns}/{number}"), config.batch_size)
+        own = slice(trainer.rank * trainer.batch_rows, (trainer.rank + 1) * trainer.batch_rows)
+        queries = [self.train[i] for i in chosen for _ in range(each)][own]
+        responses = self._sample(queries, seeds[own]).lists()
+        stats = trainer.step(queries, responses, self.reward_fn(queries, responses))
+        stats["eos_rate"] = self._eos_rate(responses)
+        stats["tokens"] = sum(map(len, queries)) + sum(map(len, responses))
+        if trainer.updates != number + 1:
+            return stats  # earlier weights returned, and their curve with them
+        self.curve.add(number + 1, **{name: stats[key] for name, key in COLUMNS.items()})
+        if (number + 1) % config.eval_updates == 0 or number + 1 == config.updates:
+            stats |= self._look_at_held_out(number + 1)
+        return stats
+
+    def _seed(self, purpose: str) -> int:
+        return derive_seed(self.trainer.seed, "ppo", purpose)
+
+    def _sample(self, prompts: list[list[int]], seeds: Sequence[int]) -> Responses:
+        return self.trainer.sample(prompts, seeds, self.decode_rows)
+
+    def _eos_rate(self, responses: Sequence[Sequence[int]]) -> float:
+        ended = [float(r[-1] == self.trainer.tokenizer.eos_token_id) for r in responses]
+        return self.trainer.mean(ended)
+
+    def _look_at_held_out(self, number: int) -> dict[str, float]:
+        """Score and KL on the held-out prompts, always with the same random numbers."""
+        trainer = self.trainer
+        responses = self._sample(self.held, row_seeds(self._seed("held_out"), len(self.held))).lists()
+        scores = self.reward_fn(self.held, responses)
+        batch = check_batch(
+            self.held, responses, scores, None, len(self.held), trainer.vocabulary(), trainer.room()
+        )
+        score = _means(trainer.shape(batch, learn=False))
+        kl = trainer.observe(self.held, responses).kl_nats().mean().item()
+        found = dict(zip(HELD_OUT, (score, kl), strict=True))
+        self.curve.add(number, **found)
+        if kl <= self.config.kl_budget_nats and (self.best is None or score > self.best["score"]):
+            weights = {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
+            self.best = {"update": number, "score": score, "weights": weights}
+        return found
+
+    def _save(self, folder: Path) -> None:
+        if self.trainer.accelerator.is_main_process:
+            checkpoint.save(folder, self.trainer.updates, self.state_dict())
+        self.trainer.accelerator.wait_for_everyone()
+
+    def state_dict(self) -> dict:
+        """Trainer, curve and best weights."""
+        best = self.best if self.config.select == "best" else None
+        return {"trainer": self.trainer.state_dict(), "curve": self.curve.rows, "best": best}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.trainer.load_state_dict(state["trainer"])
+        self.curve = Curve(self.curve.columns, state["curve"])
+        self.best = state["best"]
+
+    def select(self) -> int:
+        """Put the chosen weights into the model; returns the update they are from."""
+        if self.config.select == "best" and self.best:
+            self.trainer.model.load_state_dict(self.best["weights"])
+            return self.best["update"]
+        return self.trainer.updates
+
+
+def _means(scores: Tensor | list[Tensor]) -> float:
+    each = torch.stack([s.sum() for s in scores]) if isinstance(scores, list) else scores
+    return each.mean().item()
