@@ -38,6 +38,6 @@ def value_loss(
     Returns:
         The loss of each token; whether its clipped branch is the larger loss.
     """
-    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
+    clipped = values.clamp(old_values - cliprange, old_values + cliprange)
     free, bound = (values - returns) ** 2, (clipped - returns) ** 2
     return 0.5 * torch.maximum(free, bound), bound > free
