@@ -79,9 +79,10 @@ class ValueBranch(nn.Module):
         """Calls of the k originals in one forward of the policy -> states [..., H] for the value head."""
         (state, *_), _ = calls[0]
         for block, (args, keys) in zip(self.blocks, calls, strict=True):
-            state = _first(block(state, *args[1:], **keys))
+            out = block(state, *args[1:], **keys)
+            state = out[0] if isinstance(out, tuple) else out
         for module in self.between:
-            state = _first(module(state))
+            state = module(state)
         return state
 
 
@@ -110,7 +111,7 @@ class ValueHead(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout_prob) if dropout_prob else nn.Identity()
-        self.summary = nn.Linear(hidden_size, 1, dtype=torch.float32)
+        self.summary = nn.Linear(hidden_size, 1)
         self.branch = branch
         if init_strategy not in ("zeros", "normal", "random", None):
             raise ValueError(f"v_head_init_strategy is {init_strategy!r}; zeros, normal or random is wanted")
@@ -143,10 +144,6 @@ class ValueHead(nn.Module):
 def branch_layers(saved: dict[str, Tensor]) -> int:
     """How many blocks of its own a saved value head has."""
     return len({name.split(".")[2] for name in saved if name.startswith("branch.blocks.")})
-
-
-def _first(out) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
 
 
 @torch.no_grad()

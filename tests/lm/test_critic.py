@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tasks.lm import AutoModelForCausalLMWithValueHead, create_reference_model
 from tasks.lm.critic import ValueBranch
@@ -164,6 +164,14 @@ def test_under_an_adapter(kind, fresh):
     assert all(n in learns for n, _ in own.named_parameters() if n.startswith("v_head."))
 
 
+def test_what_an_adapter_trains_whole_is_copied_as_trained():
+    policy = get_peft_model(tiny.causal(), LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
+    loud(policy.base_model.model.model.norm.modules_to_save)
+    plain, own = (valued(policy, k) for k in (0, 1))
+    assert set(own.v_head.branch.between.state_dict()) == {"0.weight"}
+    assert tiny.far(own(IDS)[2], plain(IDS)[2]) <= 1e-6
+
+
 def test_it_is_saved_and_loaded(tmp_path):
     """In the value head's file; a plain model's folder stays plain."""
     model = valued(tiny.causal(), 1)
@@ -180,6 +188,10 @@ def test_it_is_saved_and_loaded(tmp_path):
             ValueError, match=rf"num_value_layers_unfrozen is {asked}; .* a value branch of 1"
         ):
             Valued.from_pretrained(tmp_path, num_value_layers_unfrozen=asked)
+    del names["branch.between.0.weight"]
+    save_file(names, tmp_path / VALUE_HEAD)
+    with pytest.raises(ValueError, match=r"(?s)saved value head does not fit.*branch\.between\.0\.weight"):
+        Valued.from_pretrained(tmp_path)
     plain = valued(tiny.causal())
     plain.save_pretrained(tmp_path)
     found = Valued.from_pretrained(tmp_path, num_value_layers_unfrozen=2)
@@ -196,10 +208,14 @@ def test_in_half_precision():
         assert tiny.far(mixed(IDS)[2], valued(tiny.causal(), 1)(IDS)[2]) <= 5e-2
 
 
-@pytest.mark.parametrize("k", [-1, 3])
+@pytest.mark.parametrize("k", [-1, 0, 3])
 def test_more_blocks_than_there_are(k):
-    with pytest.raises(ValueError, match=rf"num_value_layers_unfrozen is {k}; the model has 2 blocks"):
-        Valued(tiny.causal(), num_value_layers_unfrozen=k)
+    for door in (ValueBranch, lambda model, k: Valued(model, num_value_layers_unfrozen=k)):
+        if k or door is ValueBranch:
+            with pytest.raises(
+                ValueError, match=rf"num_value_layers_unfrozen is {k}; the model has 2 blocks"
+            ):
+                door(tiny.causal(), k)
 
 
 def test_what_copies_cannot_repeat_is_refused(monkeypatch):

@@ -11,6 +11,7 @@ from tasks.lm import logprobs
 from tasks.lm.forest import Segment, has_forest, plant, serve_forest
 from tasks.lm.sequences import (
     Sequences,
+    _at,
     lay_out,
     left_pad,
     pad_forest,
@@ -201,7 +202,9 @@ def test_a_frozen_trunk_leaves_the_value_head_to_learn(planted):
     logprobs, entropy, values = read_responses(model, sequences, 0.7, freeze_trunk=True)
     assert not logprobs.requires_grad and not entropy.requires_grad and values.requires_grad
     with torch.no_grad():
-        assert not read_responses(model, sequences, 0.7, freeze_trunk=True)[2].requires_grad
+        for freeze in (True, False):
+            read = read_responses(model, sequences, 0.7, freeze_trunk=freeze)
+            assert not any(x.requires_grad for x in read)
 
 
 @pytest.mark.parametrize("planted", [False, True])
@@ -254,8 +257,11 @@ def test_the_exact_kl_is_its_definition(planted, kind):
         assert serve_forest(model) or kind == "gemma2"
     prompts, responses = tiny.drawn((4, 9, 1), 1), [*tiny.drawn((5, 1), 2), []]
     prompts, responses = [*prompts, prompts[0]], [*responses, [3, 4]]
-    sequences = lay_out(prompts, responses, tiny.PAD, "cpu")
+    sequences, seen = lay_out(prompts, responses, tiny.PAD, "cpu"), []
+    for model in (policy.pretrained_model, reference):
+        model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     found = response_kl(policy, reference, sequences, 0.7)
+    assert len(seen) in (2, 4) and not any(seen)
     assert found.shape == (4, 5) and found.dtype == torch.float32 and not found.requires_grad
     assert not found[~sequences.is_response].any() and (found >= 0).all() and found.max() > 0.1
     for row, prompt, response in zip(found, prompts, responses, strict=True):
@@ -272,6 +278,21 @@ def test_the_kl_to_a_policy_without_its_adapter():
     sequences = lay_out(tiny.drawn((4, 9), 1), tiny.drawn((5, 1), 2), tiny.PAD, "cpu")
     found = response_kl(policy, None, sequences, 0.7)
     assert found.max() > 0.01 and tiny.far(found, response_kl(policy, reference, sequences, 0.7)) <= 1e-5
+
+
+def test_the_same_bits_of_a_place_that_is_read_often():
+    """On several threads: the state before the responses to a prompt that many rows share."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(500, 64, generator=draw).requires_grad_()
+    places, up = torch.randint(0, 3, (40_000,), generator=draw), torch.randn(40_000, 64, generator=draw)
+    threads, found = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(4):
+            found += torch.autograd.grad(_at(hidden, places), hidden, up)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(each, found[0]) for each in found[1:])
 
 
 @torch.no_grad()

@@ -165,6 +165,7 @@ def test_the_head_is_float32_under_autocast():
         states = torch.randn(3, 16)
         values = model.v_head(states)
     assert torch.equal(values, model.v_head(states)) and values.dtype == torch.float32
+    assert model.bfloat16()(IDS)[2].dtype == torch.float32
 
 
 @pytest.mark.parametrize("tied", [True, False])
