@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,16 +95,45 @@ def _check_masks(masks, responses: list[list[int]]) -> list[list[bool]]:
     return [[bool(flag) for flag in mask] for mask in found]
 
 
+def read_scores(name: str, scores: Any, count: int) -> list[Tensor]:
+    """Numbers, or rows of numbers, as tensors. -> B tensors, 0-D or 1-D, float32.
+
+    Args:
+        name: of the argument, for messages.
+        scores: tensor, array or sequence.
+        count: B.
+
+    Raises:
+        ValueError: not B of them, or one (names it) that is no finite number nor a row of such.
+    """
+    if not hasattr(scores, "__len__") or isinstance(scores, str | Mapping):
+        raise ValueError(f"{name}: {type(scores).__name__} is no sequence of {count} numbers or rows")
+    if len(scores) != count:
+        raise ValueError(f"{name} holds {len(scores)} rows for {count} responses")
+    found = []
+    for i, score in enumerate(scores):
+        try:
+            row = torch.as_tensor(score, dtype=torch.float32).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}[{i}] is {score!r:.60}, no number nor a row of numbers") from error
+        if row.dim() > 1:
+            raise ValueError(
+                f"{name}[{i}] has the shape {tuple(row.shape)}; wanted is one number, or one for each token"
+            )
+        if not torch.isfinite(row).all():
+            raise ValueError(f"{name}[{i}] is not finite: {row.tolist()!r:.60}")
+        found.append(row)
+    return found
+
+
 def _check_scores(scores, responses: list[list[int]]) -> Tensor | list[Tensor]:
-    rows = [torch.as_tensor(score, dtype=torch.float32) for score in scores]
+    rows = read_scores("scores", scores, len(responses))
     for i, (row, response) in enumerate(zip(rows, responses, strict=True)):
-        if row.dim() > 1 or (row.numel() != 1 and row.numel() != len(response)):
+        if row.numel() not in (1, len(response)):
             raise ValueError(
                 f"scores[{i}] has the shape {tuple(row.shape)}; wanted is one number, or one for each of the "
                 f"{len(response)} tokens of the response"
             )
-        if not torch.isfinite(row).all():
-            raise ValueError(f"scores[{i}] is not finite")
     if all(row.numel() == 1 for row in rows):
         return torch.stack([row.reshape(()) for row in rows])
     short = next(

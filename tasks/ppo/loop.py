@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from params.schema import PPOConfig
 from tasks.lm.generation import Responses, row_seeds
 from tasks.ppo.batch import check_batch, check_tokens
 from tasks.ppo.preflight import preflight
+from tasks.ppo.reward_functions import RewardFunction, scores_of, texts_of
 from tasks.run import checkpoint
 from tasks.run.curve import Curve
 from tasks.run.devices import derive_seed
@@ -34,7 +36,6 @@ COLUMNS = {  # curve.csv -> statistic
     "eos_rate": "eos_rate",
 }
 HELD_OUT = ("held_out_score", "held_out_kl_nats")
-RewardFunction = Callable[[list, list], Tensor | Sequence]  # B prompts, B responses -> as `scores` of a step
 _log = logging.getLogger(__name__)
 
 
@@ -54,8 +55,9 @@ def train(
     Args:
         trainer: trained in place; in the end it holds the weights that `select` names.
         prompts: texts, or lists of token ids.
-        reward_fn: scores B responses to B prompts: texts where `prompts` are texts (special tokens left out),
-            token ids where they are ids. -> B numbers, or B rows of a reward per token.
+        reward_fn: scores B responses to B prompts: texts where `prompts` are texts (special tokens left out)
+            and it does not ask for token ids by an attribute `reads_tokens`, else token ids. -> B numbers, or
+            B rows of a reward per token (:mod:`tasks.ppo.reward_functions` makes some).
         held_out: prompts of the looks every `eval_updates`; None: the first 64 of `prompts`.
         folder: for checkpoints; a run that finds one there goes on from it, bit for bit.
         checkpoint_updates: updates between two of them.
@@ -72,7 +74,7 @@ def train(
     if not len(prompts):
         raise ValueError("prompts is empty; PPO needs at least one")
     is_text = isinstance(prompts[0], str)
-    if is_text:
+    if is_text and not getattr(reward_fn, "reads_tokens", False):
         reward_fn = _of_texts(trainer.tokenizer, reward_fn)
     rows = [
         _tokens(trainer, name, given, is_text)
@@ -94,9 +96,9 @@ def _tokens(trainer: PPOTrainer, name: str, given: Sequence | None, is_text: boo
 
 
 def _of_texts(tokenizer, reward_fn: RewardFunction) -> RewardFunction:
+    @wraps(reward_fn)
     def scored(prompts: list[list[int]], responses: list[list[int]]):
-        texts = (tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (prompts, responses))
-        return reward_fn(*texts)
+        return reward_fn(*texts_of(tokenizer, prompts, responses))
 
     return scored
 
@@ -180,7 +182,7 @@ class Loop:
         own = slice(trainer.rank * trainer.batch_rows, (trainer.rank + 1) * trainer.batch_rows)
         queries = [self.train[i] for i in chosen for _ in range(each)][own]
         responses = self._sample(queries, seeds[own]).lists()
-        stats = trainer.step(queries, responses, self.reward_fn(queries, responses))
+        stats = trainer.step(queries, responses, scores_of(self.reward_fn, queries, responses))
         stats["eos_rate"] = self._eos_rate(responses)
         stats["tokens"] = sum(map(len, queries)) + sum(map(len, responses))
         if trainer.updates != number + 1:
@@ -204,7 +206,7 @@ class Loop:
         """Score and KL on the held-out prompts, always with the same random numbers."""
         trainer = self.trainer
         responses = self._sample(self.held, row_seeds(self._seed("held_out"), len(self.held))).lists()
-        scores = self.reward_fn(self.held, responses)
+        scores = scores_of(self.reward_fn, self.held, responses)
         batch = check_batch(
             self.held, responses, scores, None, len(self.held), trainer.vocabulary(), trainer.room()
         )
