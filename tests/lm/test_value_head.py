@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig
 
-from tasks.lm import AutoModelForCausalLMWithValueHead
+from tasks.lm import AutoModelForCausalLMWithValueHead, saved_policy
 from tasks.lm.saved_policy import PICKLE, VALUE_HEAD
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 2]])
@@ -226,6 +226,10 @@ def test_what_is_no_causal_model_is_refused_by_name(model):
         with pytest.raises(ValueError, match=rf"^{type(model).__name__} is no causal language model"):
             door(model)
     Valued(AutoModelForCausalLM.from_config(tiny.config_of("bert", is_decoder=True)))
+    seeing = tiny.causal()
+    seeing.model.sees = torch.nn.Identity()
+    seeing.model.sees.is_causal = False  # as the attention of a tower that looks at pictures
+    Valued(seeing)
 
 
 def test_a_value_head_that_does_not_fit_is_refused(tmp_path):
@@ -322,10 +326,15 @@ def trl_layout(model, folder, sharded: bool) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_trls_layout_loads(tmp_path, sharded):
-    model = policy()
+def test_trls_layout_loads(tmp_path, sharded, monkeypatch):
+    """Of the shards, only those that hold something of the head are read for it."""
+    model, opened, door = policy(), [], saved_policy.safe_open
     trl_layout(model, tmp_path, sharded)
+    monkeypatch.setattr(
+        saved_policy, "safe_open", lambda path, kind: (opened.append(path), door(path, kind))[1]
+    )
     assert same(Valued.from_pretrained(tmp_path), model)
+    assert len(opened) == 1 + sharded < 3
 
 
 def test_a_pickled_head_is_never_read(tmp_path, caplog, monkeypatch):
@@ -334,6 +343,8 @@ def test_a_pickled_head_is_never_read(tmp_path, caplog, monkeypatch):
     base = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "base"))
     Valued(get_peft_model(base, lora())).save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / VALUE_HEAD).unlink()
+    Valued.from_pretrained(tmp_path / "adapter")
+    assert "adapter: a fresh value head" in caplog.text, "of one on the Hub, the pickle is not even asked for"
     for name in ("base", "adapter"):
         (tmp_path / name / PICKLE).write_bytes(b"\x80\x04.")
         caplog.clear()
@@ -350,10 +361,11 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
-    def folder(repository: str) -> Path:
-        root, commit = tmp_path / "hub" / f"models--{repository.replace('/', '--')}", "c" * 40
-        (root / "refs").mkdir(parents=True)
-        (root / "refs" / "main").write_text(commit)
+    def folder(repository: str, revision: str = "main") -> Path:
+        root = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        commit = revision.encode().hex().rjust(40, "c")
+        (root / "refs").mkdir(parents=True, exist_ok=True)
+        (root / "refs" / revision).write_text(commit)
         (root / "snapshots" / commit).mkdir(parents=True)
         return root / "snapshots" / commit
 
@@ -388,6 +400,25 @@ def test_an_adapter_on_the_hub(hub):
     assert same(Valued.from_pretrained("team/adapter"), model)
     with pytest.raises(ValueError, match="base: cannot load team/other"):
         Valued.from_pretrained("team/other")
+
+
+def test_revisions_on_the_hub(hub):
+    """Of a model, and of the base that an adapter names."""
+    models = {}
+    for seed, revision in enumerate(("main", "v2")):
+        models[revision] = Valued(tiny.causal(seed=seed), v_head_init_strategy="normal").eval()
+        models[revision].save_pretrained(hub("team/policy", revision))
+    for revision, wanted in models.items():
+        assert same(Valued.from_pretrained("team/policy", revision=revision), wanted)
+    adapted = Valued(trained(get_peft_model(models["v2"].pretrained_model, lora()))).eval()
+    for named in ({"revision": "v2"}, {}):
+        folder = hub("team/adapter", f"of-{named.get('revision', 'main')}")
+        adapted.save_pretrained(folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config |= {"base_model_name_or_path": "team/policy", "revision": None} | named
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert same(Valued.from_pretrained("team/adapter", revision="of-v2"), adapted)
+    assert not same(Valued.from_pretrained("team/adapter", revision="of-main"), adapted)
 
 
 def test_push_to_hub(monkeypatch, tmp_path):
