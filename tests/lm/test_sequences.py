@@ -201,10 +201,13 @@ def test_a_frozen_trunk_leaves_the_value_head_to_learn(planted):
     assert tiny.far_gradients(found, {n: gradients[n] for n in found}) <= 1e-6
     logprobs, entropy, values = read_responses(model, sequences, 0.7, freeze_trunk=True)
     assert not logprobs.requires_grad and not entropy.requires_grad and values.requires_grad
+    seen = []
+    model.pretrained_model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     with torch.no_grad():
         for freeze in (True, False):
             read = read_responses(model, sequences, 0.7, freeze_trunk=freeze)
             assert not any(x.requires_grad for x in read)
+    assert seen == [False, False], "no graph is made, which memory would be spent on"
 
 
 @pytest.mark.parametrize("planted", [False, True])

@@ -386,6 +386,7 @@ def test_a_repository_on_the_hub(hub, layout, caplog):
     if layout == "plain":
         assert not found(IDS)[2].any()
         assert f"{VALUE_HEAD} of team/policy is not in the cache" in caplog.text
+        assert caplog.text.count("not in the cache") == 1, "a plain model lacks other files too"
     else:
         assert same(found, model)
 
