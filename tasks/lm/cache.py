@@ -47,14 +47,11 @@ class RowCache(Cache):
         self.columns, self.dtype = self.width + room, dtype
         self.lengths, self.device = list(lengths), torch.device(device)
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.prompts: tuple[slice, Tensor] | None = None
-        self._look()
+        self.prompts: tuple[int, Sequence[int]] | None = None
 
-    def lay(self, rows: slice, starts: Tensor) -> None:
-        """The next forward reads prompts that lie in one row: those of these rows start at `starts` [b]."""
-        lengths = torch.tensor(self.lengths[rows], device=self.device)[:, None]
-        place = torch.arange(self.width, device=self.device) - (self.width - lengths)
-        self.prompts = rows, (starts[:, None] + place.clamp(min=0)).flatten()  # padding repeats a token
+    def lay(self, first: int, starts: Sequence[int]) -> None:
+        """The next forward reads prompts that lie in one row, where those of rows `first`, … start."""
+        self.prompts = first, starts
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_, **__):
         """Keep a layer's new keys and values.
@@ -69,10 +66,8 @@ class RowCache(Cache):
             return self.buffers[layer_idx]
         if layer_idx not in self.buffers:
             self.buffers[layer_idx] = tuple(map(self._buffer, new))
-        rows, places = self.prompts
         for buffer, states in zip(self.buffers[layer_idx], new, strict=True):
-            laid = states[0].transpose(0, 1).index_select(0, places).unflatten(0, (-1, self.width))
-            buffer[rows, :, : self.width] = laid.transpose(1, 2)
+            self._write(buffer, states[0])
         return new
 
     def attend(
@@ -88,14 +83,14 @@ class RowCache(Cache):
             window: a token sees itself and this many − 1 before it.
         """
         query = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # queries of one key head side by side
-        stop, found = self.column + 1, []
-        for group in self.groups:
-            first = group.first if window is None else max(group.first, stop - window)
-            seen = group.rows, slice(None), slice(first, stop)
-            sees = None if first >= group.full else self.is_real[group.rows, :, :, first:stop]
-            found.append(
-                scaled_dot_product_attention(query[group.rows], key[seen], value[seen], sees, scale=scaling)
-            )
+        query, stop, found = query.to(key.dtype), self.column + 1, []
+        with torch.autocast(self.device.type, enabled=False):  # which would cast the buffers at each step
+            for group in self.groups:
+                first = group.first if window is None else max(group.first, stop - window)
+                seen = group.rows, slice(None), slice(first, stop)
+                mask = None if first >= group.full else self.mask[group.rows, :, :, first:stop]
+                some = query[group.rows], key[seen], value[seen]
+                found.append(scaled_dot_product_attention(*some, mask, scale=scaling))
         return torch.cat(found).flatten(1, 2)[:, None]
 
     def begin(self) -> None:
@@ -116,16 +111,30 @@ class RowCache(Cache):
 
     def _buffer(self, states: Tensor) -> Tensor:
         shape = len(self.lengths), states.shape[1], self.columns, states.shape[3]
-        return states.new_empty(shape, dtype=self.dtype)
+        return states.new_zeros(shape, dtype=self.dtype)  # what is masked has to be finite
+
+    def _write(self, buffer: Tensor, states: Tensor) -> None:
+        """Copy prompts [heads, T, D], each to the end of its row's first columns."""
+        first, starts = self.prompts
+        lengths = self.lengths[first : first + len(starts)]
+        if self.device.type == "cpu":
+            for row, (start, length) in enumerate(zip(starts, lengths, strict=True), first):
+                buffer[row, :, self.width - length : self.width] = states[:, start : start + length]
+        else:  # two calls instead of one a row; padding repeats a token
+            own, start = (torch.tensor(x, device=self.device)[:, None] for x in (lengths, starts))
+            places = (torch.arange(self.width, device=self.device) - (self.width - own)).clamp(min=0) + start
+            laid = states.transpose(0, 1)[places].transpose(1, 2)
+            buffer[first : first + len(starts), :, : self.width] = laid
 
     def _look(self) -> None:
         """What the rows that are left see, and in which groups."""
+        keys, values = next(iter(self.buffers.values()))
         starts = [self.width - length for length in self.lengths]
-        column = torch.arange(self.columns, device=self.device)
-        self.is_real = (column >= torch.tensor(starts, device=self.device)[:, None])[:, None, None]
-        token_bytes = sum(x[0, :, 0].nbytes for x in next(iter(self.buffers.values()), ()))
-        worth = WORTH_A_CALL.get(self.device.type, float("inf"))
-        cuts = cut(self.lengths, worth / max(token_bytes, 1))
+        column, start = (torch.tensor(x, device=self.device) for x in (range(self.columns), starts))
+        is_seen = column >= start[:, None]
+        self.mask = keys.new_zeros(is_seen.shape).masked_fill(~is_seen, float("-inf"))[:, None, None]
+        token_bytes = keys[0, :, 0].nbytes + values[0, :, 0].nbytes
+        cuts = cut(self.lengths, WORTH_A_CALL.get(self.device.type, float("inf")) / token_bytes)
         self.groups = [Group(slice(a, b), starts[a], starts[b - 1]) for a, b in pairwise(cuts)]
 
 

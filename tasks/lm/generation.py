@@ -132,7 +132,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), *prompts[i]))
     low = AUTOCAST[dtype]
     with torch.autocast(model.device.type, low, enabled=low is not None), prepared(model):
-        with prepacked(model, min(rows, len(order)), low) if width >= LEAST_TOKENS else nullcontext():
+        with prepacked(model, low) if width >= LEAST_TOKENS else nullcontext():
             for first in range(0, len(order), rows):
                 part = order[first : first + rows]
                 noise = None if uniforms is None else uniforms[part].to(model.device)

@@ -20,13 +20,13 @@ def filled(layers=2, dtype=None):
     """A cache whose prompts lie in one row: of 5 | 3 | 3 | 1 tokens; and keys and values of each row."""
     made = RowCache(PROMPTS, 4, "cpu", dtype)
     rows = [[] for _ in PROMPTS]
-    for part, starts, tokens in ((slice(0, 3), [0, 0, 5], 8), (slice(3, 5), [0, 3], 4)):
-        made.lay(part, torch.tensor(starts))
+    for first, starts, tokens in ((0, [0, 0, 5], 8), (3, [0, 3], 4)):
+        made.lay(first, starts)
         for layer in range(layers):
             keys, values = drawn(1, 2, tokens, 6) + layer, drawn(1, 2, tokens, 4) - layer
             back = made.update(keys, values, layer)
             assert back[0] is keys and back[1] is values, "the prompts attend to one another elsewhere"
-            for row, start in zip(range(len(PROMPTS))[part], starts, strict=True):
+            for row, start in enumerate(starts, first):
                 own = slice(start, start + PROMPTS[row])
                 rows[row].append((keys[0, :, own], values[0, :, own]))
     made.begin()

@@ -37,7 +37,7 @@ def test_the_products_are_the_same(dtype, rows):
     exact = {name: made[name](x).double() for name in LARGE}
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         usual = {name: made[name](x) for name in LARGE}
-        with prepacked(made, 16, dtype):
+        with prepacked(made, dtype):
             assert [name for name in made if "forward" in vars(made[name])] == [*LARGE, "wrapped"]
             found = {name: made[name](x) for name in LARGE}
     for name in LARGE:
@@ -49,16 +49,16 @@ def test_the_products_are_the_same(dtype, rows):
 
 def test_weights_of_another_dtype_are_packed_in_their_own():
     made, x = layers().to(torch.bfloat16), torch.randn(5, 512, dtype=torch.bfloat16)
-    with torch.no_grad(), prepacked(made, 5):
+    with torch.no_grad(), prepacked(made):
         assert "forward" in vars(made["plain"]) and made["plain"](x).dtype == torch.bfloat16
     del made["other"], made["wrapped"]
-    with prepacked(made.double(), 5):
+    with prepacked(made.double()):
         assert not any("forward" in vars(layer) for layer in made.values()), "float64 is not packed"
 
 
 def test_nothing_stays_after_an_error(monkeypatch):
     made = layers()
-    with pytest.raises(KeyError), prepacked(made, 16):
+    with pytest.raises(KeyError), prepacked(made):
         raise KeyError
     assert "forward" not in vars(made["plain"])
     forward, calls = prepack._forward, []
@@ -70,7 +70,7 @@ def test_nothing_stays_after_an_error(monkeypatch):
         return forward(*args)
 
     monkeypatch.setattr(prepack, "_forward", fail)
-    with pytest.raises(MemoryError), prepacked(made, 16):
+    with pytest.raises(MemoryError), prepacked(made):
         pass
     assert len(calls) == 2 and "forward" not in vars(made["plain"]), "nor when the packing fails half-way"
 
@@ -79,11 +79,11 @@ def test_without_the_private_operations(monkeypatch):
     """float32 stays as it is; for bfloat16 the weights are cast once."""
     monkeypatch.setattr(prepack, "can_pack", lambda dtype: False)
     made, x = layers(), torch.randn(4, 512)
-    with torch.no_grad(), prepacked(made, 16):
+    with torch.no_grad(), prepacked(made):
         assert "forward" not in vars(made["plain"])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         wanted = [made[name](x) for name in LARGE]
-        with prepacked(made, 16, torch.bfloat16):
+        with prepacked(made, torch.bfloat16):
             assert all("forward" in vars(made[name]) for name in LARGE)
             found = [made[name](x) for name in LARGE]
     for a, b in zip(found, wanted, strict=True):
