@@ -83,7 +83,7 @@ class Draw:
 @torch.no_grad()
 def generate(
     model,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | Tensor],
     *,
     max_tokens: int | Sequence[int],
     eos_id: int | None,
@@ -102,7 +102,7 @@ def generate(
 
     Args:
         model: a causal language model.
-        prompts: B lists of token ids; equal ones are read once.
+        prompts: B lists or vectors of token ids; equal ones are read once.
         max_tokens: most tokens of a response: of all, or of each row. R is the largest.
         eos_id: ends a response; None: nothing does.
         pad_id: fills up.
@@ -121,6 +121,7 @@ def generate(
         ValueError: an empty prompt, one that is too long for the model with its response, or another argument
             out of its bounds; the message names it and the row. Nothing is computed then.
     """
+    prompts = [prompt.tolist() if isinstance(prompt, Tensor) else list(prompt) for prompt in prompts]
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     _check_rows(prompts, limits, uniforms, room_of(model))
     _check_numbers(temperature, top_k, top_p, min_tokens, rows, dtype)
@@ -129,7 +130,7 @@ def generate(
     tokens = torch.full((len(prompts), width), pad_id, device=model.device)
     is_response = torch.zeros_like(tokens, dtype=torch.bool)
     draw = Draw(eos_id, temperature, top_k, top_p, min_tokens)
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), *prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
     low = AUTOCAST[dtype]
     with torch.autocast(model.device.type, low, enabled=low is not None), prepared(model):
         with prepacked(model, low) if width >= LEAST_TOKENS else nullcontext():

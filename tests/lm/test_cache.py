@@ -51,7 +51,7 @@ def step(made, rows, at, window=None):
 
 
 @pytest.mark.parametrize("worth", [1, 2**30], ids=["many groups", "one group"])
-@pytest.mark.parametrize("window", [None, 2, 4])
+@pytest.mark.parametrize("window", [None, 2, 4, 8])
 def test_every_row_sees_itself(worth, window, monkeypatch):
     monkeypatch.setitem(cache.WORTH_A_CALL, "cpu", worth)
     made, rows = filled()

@@ -7,7 +7,7 @@ import tiny
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from tasks.lm import cache, prepack
+from tasks.lm import cache, decoding, prepack
 from tasks.lm.adapters import add_adapter
 from tasks.lm.forest import has_forest, serve_forest
 from tasks.lm.generation import Draw, Responses, draw_uniforms, generate, restrict, row_seeds, sample
@@ -29,6 +29,7 @@ SERVED = [
     ("opt", {}),
 ]
 PADDED = [("bloom", {}), ("gptj", {}), ("gemma2", {"sliding_window": 4})]
+COUNTING = ("roberta", {"is_decoder": True})  # positions from behind the padding index
 NAMES = [f"{kind}{len(keys) or ''}" for kind, keys in SERVED + PADDED]
 
 
@@ -100,19 +101,28 @@ def test_greedy_is_transformers_greedy(kind, keys, as_when_large):
     assert serve_forest(model) == ((kind, keys) in SERVED)
 
 
-@pytest.mark.parametrize(("kind", "keys"), SERVED + PADDED, ids=NAMES)
-def test_every_token_is_drawn_from_the_logits_of_a_forward(kind, keys, seen, as_when_large):
+@pytest.mark.parametrize("is_served", [True, False], ids=["served", "padded"])
+@pytest.mark.parametrize(("kind", "keys"), SERVED + PADDED + [COUNTING], ids=[*NAMES, "roberta"])
+def test_every_token_is_drawn_from_the_logits_of_a_forward(
+    kind, keys, is_served, seen, as_when_large, monkeypatch
+):
     """Several rows share a prompt, rows leave at different times, weights are packed: the logits are those
-    of each whole row alone.
+    of each whole row alone. Padded rows serve every model.
     """
+    if not is_served:
+        monkeypatch.setattr(decoding, "has_forest", lambda model: False)
     model, prompts = tiny.causal(kind, seed=3, **keys), ragged()
     prompts = prompts + prompts[2:4] + prompts[2:3]
     limits = [1, 12, 3, 12, 9, 2, 2, 12, 12, 4]
     found = generate(model, prompts, max_tokens=limits, uniforms=uniforms_of(10, 12), **ENDLESS).lists()
     assert list(map(len, found)) == limits
-    order = sorted(range(10), key=lambda i: (-len(prompts[i]), *prompts[i]))
-    with torch.no_grad():
-        wanted = {i: model(torch.tensor([prompts[i] + found[i]])).logits[0] for i in order}
+    order = sorted(range(10), key=lambda i: (-len(prompts[i]), prompts[i]))
+    wanted = {}
+    for i in order:
+        row = torch.tensor([prompts[i] + found[i]])
+        positions = torch.arange(row.shape[1])[None] + (kind == "roberta")
+        with torch.no_grad():
+            wanted[i] = model(row, position_ids=positions).logits[0]
     assert [len(logits) for logits in seen] == [10, 10, 7, 7] + [5] * 8
     stayed = order
     for step, logits in enumerate(seen):
@@ -335,6 +345,12 @@ def test_decoding_stops_when_every_row_has_ended():
     assert found.lists() == [[tiny.PAD], [tiny.PAD]] and len(forwards) == 1
 
 
+def test_prompts_may_be_vectors():
+    model, prompts = tiny.causal(), ragged()
+    wanted = generate(model, prompts, max_tokens=4, **SPECIAL).lists()
+    assert generate(model, list(map(torch.tensor, prompts)), max_tokens=4, **SPECIAL).lists() == wanted
+
+
 def test_no_prompt_no_response():
     assert generate(tiny.causal(), [], max_tokens=3, **SPECIAL).tokens.shape == (0, 3)
     assert generate(tiny.causal(), [], max_tokens=[], **SPECIAL).lists() == []
@@ -343,7 +359,7 @@ def test_no_prompt_no_response():
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
 def test_the_model_is_left_as_it_was(kind, as_when_large):
     model = tiny.causal(kind, **{name: 0.5 for name in tiny.DROPOUTS.split()}).train()
-    next(model.children()).eval()  # some parts train, some do not
+    next(m for m in model.modules() if not list(m.children())).eval()  # some parts train, some do not
     before = state_of(model)
     first, second = (generate(model, ragged(), max_tokens=9, **SPECIAL) for _ in range(2))
     assert first.lists() == second.lists() and not first.tokens.requires_grad
@@ -381,11 +397,28 @@ def test_an_adapter_is_sampled_with(kind, as_when_large):
     assert generate(merged, ragged(), max_tokens=12, uniforms=uniforms, **SPECIAL).lists() == adapted != bare
 
 
+def test_a_model_that_gives_the_logits_of_all_places():
+    model, forward = tiny.causal(), tiny.causal().forward
+    wanted = generate(model, ragged(), max_tokens=5, **SPECIAL).lists()
+    model.forward = lambda logits_to_keep, **keys: forward(**keys)
+    serve_forest(model)
+    forward.__self__.set_attn_implementation("forest")
+    assert generate(model, ragged(), max_tokens=5, **SPECIAL).lists() == wanted
+
+
+def test_on_a_cpu_the_cache_of_a_bfloat16_rollout_is_float32():
+    """Attention to bfloat16 keys of one query is twice as slow there."""
+    model = tiny.causal()
+    serve_forest(model)
+    assert decoding.decoder_of(model, [[5]], 2, torch.bfloat16).cache.dtype == torch.float32
+    assert decoding.decoder_of(model, [[5]], 2, None).cache.dtype is None
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
 def test_bfloat16_is_autocast(kind, seen, as_when_large):
     model, prompts = tiny.causal(kind), ragged()
     found = generate(model, prompts, max_tokens=9, uniforms=uniforms_of(7, 9), dtype="bfloat16", **ENDLESS)
-    order = sorted(range(7), key=lambda i: (-len(prompts[i]), *prompts[i]))
+    order = sorted(range(7), key=lambda i: (-len(prompts[i]), prompts[i]))
     exact, low = [], []
     for i in order:
         row = torch.tensor([prompts[i] + found.lists()[i]])
