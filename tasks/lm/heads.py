@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from tasks.lm.forest import unwrapped
 from tasks.lm.logprobs import TokenReadings, kl_nats, product_dtype, read_tokens, summed_nll
+from tasks.lm.narrow import last_mlp_at
 
 LOUD = 1e3  # the largest logit of the trial's second state: caps of 30 and 50 show
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest logit; 2e-2 in half precision
@@ -30,7 +31,7 @@ _is_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 class Predictions:
     """N places that predict a token each, and what their logits are made of."""
 
-    hidden: Tensor  # [T, H] last hidden states of the batch
+    hidden: Tensor  # [T, H] last hidden states of the batch; right at `places` only
     states: Tensor  # the same; or the model's own logits [U, V] of the distinct places
     weight: Tensor | None  # [V, H]; None: `states` are logits
     bias: Tensor | None  # [V]
@@ -74,17 +75,17 @@ def predict(model: nn.Module, run: Callable[[nn.Module], Any], places: Tensor) -
     if type(head).forward is not nn.Linear.forward:  # an adapter starts as nothing, and would pass the trial
         _is_plain[head] = False
     if head not in _is_plain:
-        hidden, _is_plain[head] = _try(model, head, run, places[:1])
+        hidden, _is_plain[head] = _try(model, head, run, places)
     elif _is_plain[head]:
-        hidden, _ = _run(model, head, run, lambda hidden: hidden[:0])
+        hidden, _ = _run(model, head, run, places, lambda hidden: hidden[:0])
     if _is_plain[head]:
         return Predictions(hidden, hidden, head.weight, head.bias, places)
     distinct, rows = places.unique(return_inverse=True)
-    hidden, logits = _run(model, head, run, lambda hidden: hidden.index_select(0, distinct))
+    hidden, logits = _run(model, head, run, places, lambda hidden: hidden.index_select(0, distinct))
     return Predictions(hidden, logits, None, None, rows)
 
 
-def _run(model, head, run, narrow: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _run(model, head, run, places: Tensor, narrow: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """The states [T, H] that reach the embeddings, and the logits of what these get in their stead."""
     seen = []
 
@@ -94,13 +95,14 @@ def _run(model, head, run, narrow: Callable[[Tensor], Tensor]) -> tuple[Tensor, 
 
     hook = head.register_forward_pre_hook(give)
     try:
-        out = run(model)
+        with last_mlp_at(model, places):
+            out = run(model)
     finally:
         hook.remove()
     return seen[0], out.logits[0]
 
 
-def _try(model, head: nn.Linear, run, place: Tensor) -> tuple[Tensor, bool]:
+def _try(model, head: nn.Linear, run, places: Tensor) -> tuple[Tensor, bool]:
     """The states, and whether the model's logits of one place, and of a loud state, are the embeddings'."""
     wanted = []
 
@@ -108,10 +110,10 @@ def _try(model, head: nn.Linear, run, place: Tensor) -> tuple[Tensor, bool]:
     def narrow(hidden: Tensor) -> Tensor:
         loud = torch.arange(hidden.shape[1], device=hidden.device).sin().to(hidden.dtype)  # no random number:
         loud *= LOUD / functional.linear(loud, head.weight).abs().max()  # a resumed run tries again
-        rows = torch.cat([hidden[place], loud[None]])
+        rows = torch.cat([hidden[places[:1]], loud[None]])
         wanted.append(functional.linear(rows, head.weight, head.bias).float())
         return rows
 
-    hidden, logits = _run(model, head, run, narrow)
+    hidden, logits = _run(model, head, run, places, narrow)
     far = (logits.detach().float() - wanted[0]).abs().amax(1) / wanted[0].abs().amax(1)
     return hidden, bool((far <= ROUNDING.get(product_dtype(hidden), 2e-2)).all())

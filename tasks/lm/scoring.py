@@ -21,6 +21,7 @@ from tasks.lm.forest import (
     serve_forest,
     unwrapped,
 )
+from tasks.lm.narrow import last_mlp_at
 
 # Encoders whose heads read the first token of what this stack gives: packed. All others take padded rows.
 STACKS = {
@@ -74,7 +75,8 @@ def forest_scores(model, forest: Forest, segments: Sequence[int]) -> Tensor:
     if is_encoder(model):
         return _first_token_scores(model, forest, segments)
     ends = [forest.starts[i] + forest.lengths[i] - 1 for i in segments]
-    return _last_token_scores(model, lambda: run_forest(model, forest), [0] * len(ends), ends)
+    with last_mlp_at(model, torch.tensor(ends, device=forest.tokens.device)):
+        return _last_token_scores(model, lambda: run_forest(model, forest), [0] * len(ends), ends)
 
 
 @torch.no_grad()
