@@ -50,7 +50,7 @@ def _rows_of(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
 
 

@@ -191,7 +191,7 @@ def texts_of(tokenizer: Any, prompts: Sequence, responses: Sequence) -> tuple[li
 
 
 def _ids(rows: Sequence) -> list[list[int]]:
-    return [row.tolist() if isinstance(row, Tensor) else list(row) for row in rows]
+    return [torch.as_tensor(row).tolist() for row in rows]
 
 
 def _are_texts(rows: Sequence) -> bool:

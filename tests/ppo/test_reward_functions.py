@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import made_trainers
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, pipeline
 
 from tasks.lm.prompt import encode_documents, encode_prompts
@@ -94,7 +95,14 @@ def test_a_letter_parted_by_the_seam_is_no_reason_to_lose_the_response():
     ids = known("日")["input_ids"]
     assert len(ids) == 3
     (prompt,), (response,) = texts_of(known, [ids[:1]], [ids[1:] + known("!")["input_ids"]])
-    assert prompt == "\N{REPLACEMENT CHARACTER}" and response.endswith("!")
+    assert prompt == "\N{REPLACEMENT CHARACTER}" and response == known.decode(ids[1:]) + "!"
+
+
+def test_a_text_keeps_the_spaces_its_tokens_say():
+    known = copy.deepcopy(tiny.tokenizer())
+    known.clean_up_tokenization_spaces = True
+    ids = known([" is n't", " it , so ?"])["input_ids"]
+    assert texts_of(known, ids[:1], ids[1:]) == ([" is n't"], [" it , so ?"])
 
 
 def documents():
@@ -119,6 +127,17 @@ def test_a_reward_model_is_read_at_the_last_token(tmp_path):
         assert score.reads_tokens
 
 
+def test_a_text_ends_with_one_eos_whatever_the_tokenizer_adds():
+    known, (prompts, responses) = copy.deepcopy(tiny.tokenizer()), documents()
+    score = from_model(tiny.scorer(vocab_size=len(known), max_position_embeddings=256), known)
+    texts, wanted = texts_of(known, prompts, responses), score(prompts, responses)
+    known.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|eos|>", special_tokens=[("<|eos|>", known.eos_token_id)]
+    )
+    assert known("a")["input_ids"][-1] == known.eos_token_id
+    assert tiny.far(score(*texts), wanted) <= 1e-5
+
+
 def test_a_reward_models_scores_are_normalised_when_asked(tmp_path):
     known, prompts, responses = tiny.tokenizer(), *documents()
     folder = tiny.save(tiny.scorer(vocab_size=len(known), max_position_embeddings=256), tmp_path)
@@ -127,6 +146,8 @@ def test_a_reward_models_scores_are_normalised_when_asked(tmp_path):
     (folder / "scores.json").write_text(json.dumps({"mean": 0.5, "std": 0.25}))
     raw = from_model(folder, known)(prompts, responses)
     assert tiny.far(from_model(folder, known, normalize=True)(prompts, responses), (raw - 0.5) / 0.25) <= 1e-6
+    (folder / "scores.json").write_text(json.dumps({"mean": 0.5, "std": 0.0}))
+    assert from_model(folder, known, normalize=True)(prompts, responses).isfinite().all()
     with pytest.raises(ValueError, match=r"normalize: no scores\.json"):
         from_model(RewardModel.load(folder, known), known, normalize=True)
 
@@ -167,6 +188,17 @@ def test_a_file_of_human_scores(tmp_path, suffix, start):
         score(["What?", "What?"], ["Nothing", "Unseen"])
 
 
+def test_lines_within_a_cell_are_the_texts_own(tmp_path):
+    (tmp_path / "s.csv").write_bytes(b'prompt,response,score\r\na,"b\r\nc",1\r\na,"b\nc",2\r\n')
+    assert from_file(tmp_path / "s.csv")(["a", "a"], ["b\nc", "b\r\nc"]).tolist() == [2, 1]
+
+
+def test_a_long_text_is_quoted_in_part(tmp_path):
+    (tmp_path / "s.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(ValueError, match=r"no score for 'x{60}…' in answer to 'What'"):
+        from_file(tmp_path / "s.jsonl")(["What"], ["x" * 100])
+
+
 def test_a_file_scores_token_ids_by_their_text(tmp_path):
     known = tiny.tokenizer()
     (tmp_path / "s.jsonl").write_text(json.dumps(ROWS[1]))
@@ -185,6 +217,7 @@ def test_a_file_scores_token_ids_by_their_text(tmp_path):
         ("s.jsonl", '{"prompt": "a", "response": "b", "score": NaN}', "the score nan is no finite number"),
         ("s.jsonl", '{"prompt": "a", "response": "b", "score": "good"}', "the score 'good' is no finite"),
         ("s.jsonl", '{"prompt": "a", "response": "b", "score": [1]}', r"the score \[1\] is no finite"),
+        ("s.jsonl", '{"prompt": "a", "response": "b", "score": 1%s}' % (400 * "0"), "the score 10+ is no"),
         ("s.jsonl", "", "holds no scores"),
         ("s.csv", "prompt,response,score\na,b,1\na,c", r"s\.csv, line 3: a row needs"),
         ("s.csv", 'prompt,response,score\na,"b\nb",1\na,c,x', "line 4: the score 'x' is no finite number"),
@@ -263,12 +296,13 @@ def test_the_loop_hands_tokens_to_what_reads_them_and_texts_to_all_else():
     tokens = seen[2]
     assert {type(x) for row in tokens[1] for x in row} == {int} and texts == texts_of(known, *tokens)
     varied.reads_tokens = False
-    with pytest.raises(ValueError, match="rude: scores holds 7 rows for 8 responses"):
+    for wrong in ([5], [6]):  # in a rollout, in a look at what is held out
 
-        def rude(prompts, responses):
-            return varied(prompts, responses)[1:]
+        def rude(prompts, responses, wrong=wrong):
+            return varied(prompts, responses)[prompts[0] == wrong :]
 
-        made_trainers.trainer(**ask).train([[5]], rude)
+        with pytest.raises(ValueError, match=r"rude: scores holds \d rows for \d responses"):
+            made_trainers.trainer(**ask).train([[5]], rude, held_out=[[6], [7]])
 
 
 @pytest.mark.parametrize(
