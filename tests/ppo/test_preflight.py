@@ -1,0 +1,206 @@
+"""Every check of the preflight: a trainer it lets pass, and one broken so that this check alone speaks."""
+
+from __future__ import annotations
+
+import copy
+import re
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import tasks.lm.sequences
+import tasks.ppo.trainer
+from params.schema import PPOConfig
+from tasks.lm import AutoModelForCausalLMWithValueHead
+from tasks.ppo import PPOTrainer
+from tasks.ppo.preflight import PROBE, ROUNDS, preflight
+from tasks.run.layout import Refusal
+
+DROPOUT = {
+    "llama": {"attention_dropout": 0.3},
+    "gpt2": {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3},
+    "bloom": {"hidden_dropout": 0.3, "attention_dropout": 0.3},  # served in padded rows
+}
+PROMPTS = tiny.drawn([3, 1, 9, 20, 1, 7, 4, 4, 12, 2, 5, 30, 6, 8, 10, 11, 2, 3])
+
+
+def made(kind="llama", reference=None, tokenizer=tiny.SPECIAL, model=None, **keys) -> PPOTrainer:
+    keys = {"batch_size": 8, "mini_batch_size": 4, "response_tokens": 12, "temperature": 0.8, **keys}
+    policy = AutoModelForCausalLMWithValueHead(model or tiny.causal(kind, **DROPOUT[kind]))
+    return PPOTrainer(PPOConfig(**keys), policy, reference, tokenizer, device="cpu")
+
+
+def varied(prompts, responses):
+    return [float(sum(r)) for r in responses]
+
+
+def refused(trainer, reward_fn=varied) -> str:
+    """The one finding."""
+    with pytest.raises(Refusal) as caught:
+        preflight(trainer, PROMPTS, reward_fn)
+    text = str(caught.value)
+    assert text.startswith("preflight: ") and text.count("; ") == text.count("; is ")
+    return text
+
+
+def same(found, wanted) -> bool:
+    if isinstance(found, dict):
+        return found.keys() == wanted.keys() and all(same(found[k], wanted[k]) for k in found)
+    return torch.equal(found, wanted) if isinstance(found, torch.Tensor) else found == wanted
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", [*DROPOUT])
+def test_a_sound_trainer_passes_and_stays_as_it_was(kind, dtype):
+    trainer = made(kind, dtype=dtype, use_score_scaling=True, gradient_checkpointing=kind == "llama")
+    before, random = copy.deepcopy(trainer.state_dict()), torch.random.get_rng_state()
+    preflight(trainer, PROMPTS, varied)
+    assert same(trainer.state_dict(), before)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert all(p.grad is None for p in trainer.model.parameters()) and not trainer.model.training
+
+
+def test_halves_of_weights_pass():
+    preflight(made(model=tiny.causal(**DROPOUT["llama"]).bfloat16()), PROMPTS, varied)
+
+
+def test_an_adapter_passes():
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(tiny.causal(), LoraConfig(r=2, lora_dropout=0.3, task_type="CAUSAL_LM"))
+    preflight(made(model=adapted), PROMPTS, varied)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_dropout_in_the_update_is_found(kind, dtype):
+    trainer = made(kind, dtype=dtype)
+    last = [m for m in trainer.model.modules() if "Norm" in type(m).__name__][-1]
+    last.register_forward_hook(
+        lambda module, inputs, out: nn.functional.dropout(out, 0.3) if torch.is_grad_enabled() else out
+    )
+    random = torch.random.get_rng_state()
+    assert re.search(r"ratio of the first minibatch is not 1: .* differ by [\d.]+ nats", refused(trainer))
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_a_model_left_in_training_mode_is_found():
+    trainer = made("gpt2")
+    trainer.model.train()
+    with pytest.raises(Refusal, match="is not 1"):
+        preflight(trainer, PROMPTS, varied)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_another_reference_is_found_before_the_first_update_alone(kind, dtype):
+    trainer = made(kind, tiny.causal(kind, seed=1), dtype=dtype)
+    assert re.search(r"KL\(policy, reference\) is not 0 before .* [\d.]+ nats", refused(trainer))
+    trainer.updates = 1
+    preflight(trainer, PROMPTS, varied)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_positions_that_count_padding_are_found(monkeypatch, dtype):
+    """What TRL 0.11 did to GPT-2."""
+    trainer = made("gpt2", dtype=dtype)
+    monkeypatch.setattr(tasks.lm.sequences, "has_forest", lambda model: False)
+    preflight(trainer, PROMPTS, varied)
+    places = lambda is_real: torch.arange(is_real.shape[1]).expand(is_real.shape)  # noqa: E731
+    monkeypatch.setattr(tasks.lm.sequences, "positions_of", places)
+    assert "log-probabilities depend on the batch or its padding" in refused(trainer)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("warp", [{"top_k": 4}, {"top_p": 0.6}, {"temperature": 1.2}, {"uniforms": None}])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_warped_sampler_is_found(monkeypatch, kind, warp, dtype):
+    trainer, honest = made(kind, dtype=dtype), tasks.ppo.trainer.generate
+    monkeypatch.setattr(tasks.ppo.trainer, "generate", lambda *a, **keys: honest(*a, **keys | warp))
+    assert re.search(r"no draws of .* choose [\d.]+% of \d+ tokens again \(9.% is wanted\)", refused(trainer))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_eos_that_cannot_be_said_is_found(kind):
+    model = tiny.causal(kind, **DROPOUT[kind])
+    head = nn.Linear(16, 32)
+    head.weight, head.bias = model.lm_head.weight, nn.Parameter(torch.zeros(32))
+    model.lm_head = head
+    preflight(made(kind, model=model), PROMPTS, varied)
+    head.bias.data[tiny.EOS] = -torch.inf
+    found = refused(made(kind, model=model))
+    assert "no response can end: eos (token 1) has a probability of at most 0" in found
+    outside = SimpleNamespace(pad_token_id=0, eos_token_id=32)
+    found = refused(made(kind, tokenizer=outside))
+    assert "no response can end: eos is token 32, the vocabulary has 32" in found
+
+
+@pytest.mark.parametrize(
+    ("reward_fn", "words"),
+    [
+        (lambda p, r: [0.5] * len(r), f"the reward is 0.5 for each of {PROBE * ROUNDS} responses"),
+        (lambda p, r: torch.zeros(len(r)), "the reward is 0 for each"),
+        (lambda p, r: [[1 / len(x)] * len(x) for x in r], "the reward is 1 for each"),
+        (lambda p, r: [*varied(p, r)[1:], float("nan")], "reward_fn: scores\[15\] is not finite: nan"),
+        (lambda p, r: varied(p, r)[1:], "reward_fn: scores holds 15 rows for 16 responses"),
+        (lambda p, r: ["good"] * len(r), "reward_fn: scores\[0\] is 'good', no number"),
+        (lambda p, r: [[1.0] * (len(x) + 1) for x in r], r"reward|scores\[0\]"),
+    ],
+)  # fmt: skip
+def test_a_reward_that_teaches_nothing_is_found(reward_fn, words):
+    with pytest.raises(Refusal, match=words):
+        preflight(made(), PROMPTS, reward_fn)
+
+
+def test_a_rare_reward_is_waited_for():
+    calls = []
+
+    def rare(prompts, responses):
+        calls.append(responses)
+        return [float(len(calls) == 3 and i == 5) for i in range(len(responses))]
+
+    preflight(made(), PROMPTS, rare)
+    assert len(calls) == 3 and calls[0] != calls[1] != calls[2] != calls[0]
+
+
+def test_what_a_reward_function_raises_is_its_own():
+    def broken(prompts, responses):
+        raise KeyError("no such thing")
+
+    with pytest.raises(KeyError, match="no such thing"):
+        preflight(made(), PROMPTS, broken)
+
+
+def test_all_findings_are_told_at_once():
+    trainer = made(reference=tiny.causal(seed=1))
+    with pytest.raises(Refusal, match=r"is not 0 .*; .*the reward is 0 .*\(ppo.preflight: false"):
+        preflight(trainer, PROMPTS, lambda p, r: [0.0] * len(r))
+
+
+def test_a_model_that_says_nan_is_found():
+    trainer = made()
+    next(trainer.model.parameters()).data.fill_(torch.nan)
+    with pytest.raises(Refusal, match=r"is not 1: .*nan nats.*is not 0.*depend on the batch.*no draws"):
+        preflight(trainer, PROMPTS, varied)
+
+
+@pytest.mark.parametrize("count", [1, 5, 18])
+def test_the_probe_has_the_shortest_and_the_longest_prompt(count):
+    asked = []
+    preflight(made(), PROMPTS[:count], lambda p, r: asked.append(p) or varied(p, r))
+    sizes = sorted(map(len, PROMPTS[:count]))
+    assert len(asked[0]) == PROBE and {len(asked[0][0]), len(asked[0][-1])} == {sizes[0], sizes[-1]}
+    assert {tuple(p) for p in asked[0]} <= {tuple(p) for p in PROMPTS[:count]}
+
+
+def test_training_is_refused_before_anything_moves():
+    trainer = made(updates=1)
+    before = copy.deepcopy(trainer.state_dict())
+    constant = lambda prompts, responses: [1.0] * len(responses)  # noqa: E731
+    with pytest.raises(Refusal, match="the reward is 1"):
+        trainer.train(PROMPTS, constant)
+    assert same(trainer.state_dict(), before)
+    made(updates=1, preflight=False).train(PROMPTS, constant)
