@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pyarrow import parquet
-from torch import Tensor
 
 from params.schema import Params
 from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.lm.loading import load_causal, load_tokenizer
-from tasks.lm.reward_model import RewardModel
 from tasks.ppo.loop import HELD_OUT, Loop
+from tasks.ppo.reward_functions import from_model
 from tasks.ppo.trainer import PPOTrainer
 from tasks.run.curve import plot
 from tasks.run.devices import derive_seed, seed_everything, use_device
@@ -21,20 +18,6 @@ from tasks.run.files import staged
 from tasks.run.layout import Layout, Refusal, StageResult
 from tasks.run.progress import Progress
 from tasks.run.tracking import log_artifact, log_metrics
-
-
-@dataclass(frozen=True, slots=True)
-class Judge:
-    """The reward model with all that turns a response into the score that PPO is given."""
-
-    reward_model: RewardModel
-    mean: float
-    std: float
-    rows: int
-
-    def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
-        """B prompts, B responses -> normalised scores [B]."""
-        return (self.reward_model.score(prompts, responses, self.rows) - self.mean) / self.std
 
 
 def refuse_unless_passed(layout: Layout) -> None:
@@ -63,17 +46,17 @@ def prepare(params: Params, layout: Layout) -> tuple[Loop, object]:
         config, policy, tokenizer=tokenizer,
         seed=params.seed, device=device, microbatch_rows=machine.microbatch_rows,
     )  # fmt: skip
-    scale = json.loads(layout.artifact("reward", "model", "scores.json").read_text())
-    mean, std = (scale["mean"], max(scale["std"], 1e-6)) if config.normalize_scores else (0.0, 1.0)
-    reward_model = RewardModel.load(layout.artifact("reward", "model"), tokenizer, device)
-    judge = Judge(reward_model, mean, std, machine.microbatch_rows)
+    reward_fn = from_model(
+        layout.artifact("reward", "model"), tokenizer,
+        normalize=config.normalize_scores, rows=machine.microbatch_rows, device=device,
+    )  # fmt: skip
     rows = parquet.read_table(
         layout.artifact("pack", "prompts", "rl.parquet"), columns=["prompt", "is_validation"]
     ).to_pylist()
     train, held = ([r["prompt"] for r in rows if r["is_validation"] is flag] for flag in (False, True))
     if not train:
         raise ValueError("ppo: artifacts/pack/prompts/rl.parquet holds no training prompt")
-    return Loop(trainer, judge, train, held or train[:64], machine.decode_rows), tokenizer
+    return Loop(trainer, reward_fn, train, held or train[:64], machine.decode_rows), tokenizer
 
 
 def run(params: Params, layout: Layout) -> StageResult:

@@ -14,11 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks import pack
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.scoring import score_documents
 from tasks.pack.records import PROMPTS
 from tasks.ppo import run, stage
 from tasks.ppo.loop import COLUMNS, HELD_OUT
-from tasks.ppo.stage import Judge
 from tasks.run.layout import Refusal
 
 SCORES = {"mean": 0.5, "std": 2.0}
@@ -70,15 +68,6 @@ def test_a_closed_gate_is_quoted_and_nothing_is_loaded(upstream, tmp_path, monke
     layout.artifact("reward_eval", "card.json").unlink()
     with pytest.raises(Refusal, match="see the report card"):
         run(params(), layout)
-
-
-def test_the_judge_by_hand():
-    """(score − mean) / std."""
-    model = tiny.scorer()
-    prompts, responses = tiny.drawn((3, 5, 2)), [[7, 8], [9, tiny.EOS], [tiny.EOS]]
-    raw = score_documents(model, [[*p, *r] for p, r in zip(prompts, responses, strict=True)], 8)
-    found = Judge(tiny.reward_model(model), 0.5, 2.0, 2)(prompts, responses)
-    assert tiny.far(found, (raw - 0.5) / 2) < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +179,9 @@ def test_held_out_prompts_are_the_validation_prompts_and_never_trained_on(upstre
     rows = parquet.read_table(upstream.artifact("pack", "prompts", "rl.parquet")).to_pylist()
     assert loop.held == [r["prompt"] for r in rows if r["is_validation"]] != []
     assert loop.train == [r["prompt"] for r in rows if not r["is_validation"]]
-    assert (loop.reward_fn.mean, loop.reward_fn.std) == (0.5, 2.0)
     plain, _ = stage.prepare(params(normalize_scores=False), project(upstream, tmp_path / "plain"))
-    assert (plain.reward_fn.mean, plain.reward_fn.std) == (0.0, 1.0)
+    rollout = loop.held[:3], [[7, 8], [9, tiny.EOS], [tiny.EOS]]
+    assert tiny.far(loop.reward_fn(*rollout), (plain.reward_fn(*rollout) - 0.5) / 2) <= 1e-5
     assert not any(p.requires_grad for p in loop.trainer.ref_model.parameters())
 
 
