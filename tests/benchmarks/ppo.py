@@ -87,7 +87,7 @@ def played(folder: Path, side: str, kind: str, calls: list[dict], **keys) -> dic
     command = peer if side == "trl" else (sys.executable, __file__, "ours", side)
     done = subprocess.run([*command, str(folder), name], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{name} ends with {done.returncode}: {done.stderr[-2000:]}")
     found = json.loads((folder / f"{name}.found.json").read_text())
     if found["error"]:
         raise RuntimeError(f"{name}: {found['error']}")
