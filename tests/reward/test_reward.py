@@ -256,7 +256,7 @@ def test_an_encoder_from_training_to_ppo(packed, tmp_path, lora_rank):
     card = json.loads(layout.artifact("reward_eval", "card.json").read_text())
     assert 0 < card["rules"]["reward_model"]["accuracy"] <= 1
     loop, _ = ppo.stage.prepare(params, layout)
-    assert not loop.reward_fn.reward_model.shares_tokens
+    assert not RewardModel.load(layout.artifact("reward", "model"), tiny.tokenizer()).shares_tokens
     stats = loop.update()
     assert math.isfinite(stats["ppo/mean_scores"])
 
