@@ -8,9 +8,10 @@ string.
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 warnings.filterwarnings("ignore", message='Field name "register"')  # a stage's word; shadows ABCMeta.register
 
@@ -18,6 +19,7 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw", "muon"]
+LAUNCH_FILES = Path(__file__).parent / "accelerate"
 
 
 class Section(BaseModel):
@@ -35,6 +37,10 @@ class MachineParams(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda where there is one, else cpu"
     )
+    launch: str = Field(
+        "", description="file of params/accelerate for sft, reward and ppo; empty: one process, no launcher"
+    )
+    processes: int = Field(0, ge=0, description="with launch: how many; 0: as many as its file says")
     threads: int = Field(2, ge=1, description="CPU threads of a training process")
     onednn: bool = Field(
         False, description="sft and reward on CPUs: oneDNN's float32 products, where a self-test is for them"
@@ -48,6 +54,19 @@ class MachineParams(Section):
         100, ge=1, description="optimizer steps of sft and reward between two checkpoints"
     )
     checkpoint_updates: int = Field(10, ge=1, description="updates of ppo between two checkpoints")
+
+    @field_validator("launch")
+    @classmethod
+    def _is_a_file(cls, name: str) -> str:
+        known = sorted(path.stem for path in LAUNCH_FILES.glob("*.yaml"))
+        if name and name not in known:
+            raise ValueError(f"machine.launch: no {name!r} in params/accelerate; it has {', '.join(known)}")
+        return name
+
+    @property
+    def launch_file(self) -> Path | None:
+        """What `accelerate launch` reads; None: no launcher."""
+        return LAUNCH_FILES / f"{self.launch}.yaml" if self.launch else None
 
 
 class ArchitectureParams(Section):

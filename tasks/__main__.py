@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 from params.load import read
-from tasks.run import tracking
+from params.schema import Params
+from tasks.run import launch, tracking
 from tasks.run.files import remove, write_json
 from tasks.run.layout import STAGES, Layout, Refusal, StageResult
-from tasks.run.lifetime import Stopped, stage_lock, stop_on_signals, tie_to_parent
+from tasks.run.lifetime import Stopped, as_rank, stage_lock, stop_on_signals, tie_to_parent
 
 NO_TELEMETRY = {
     "DO_NOT_TRACK": "true",
@@ -32,7 +34,7 @@ HEADLINE_METRICS = 6  # metrics in the closing line; the rest stands in metrics.
 
 
 def execute(stage: str, layout: Layout | None = None) -> StageResult:
-    """Run `stage` where `layout` says: parameters, lock, MLflow run, the stage itself, metrics.json.
+    """Run `stage` where `layout` says: parameters, lock, then the stage itself, here or in several processes.
 
     What the stage kept for resuming is removed once it is done.
 
@@ -42,19 +44,33 @@ def execute(stage: str, layout: Layout | None = None) -> StageResult:
     """
     layout = layout or Layout.here()
     params = read(layout.root / "params.yaml")
-    with stage_lock(layout, stage):
+    if launch.is_rank():
+        return run(stage, params, layout)
+    machine = params.machine
+    with stage_lock(layout, stage) as lock:
         remove(layout.refusal(stage))
         scratch = layout.scratch(stage)
-        logged = dict(dotted(params.model_dump(mode="json"), [*layout.tracked(stage), "machine"]))
-        with tracking.stage_run(stage, logged, layout):
-            try:
-                result = importlib.import_module(f"tasks.{stage}").run(params, layout)
-            except Refusal as refusal:
-                write_json(layout.refusal(stage), {"stage": stage, "reason": str(refusal)})
-                raise
-            write_json(layout.artifact(stage, "metrics.json"), result.metrics)
-            tracking.log_metrics(result.metrics)
+        try:
+            if machine.launch_file and stage in launch.TRAINING:
+                launch.launch(stage, machine.launch_file, machine.processes, layout, lock)
+                metrics = json.loads(layout.artifact(stage, "metrics.json").read_text(encoding="utf-8"))
+                result = StageResult(metrics)
+            else:
+                result = run(stage, params, layout)
+        except Refusal as refusal:
+            write_json(layout.refusal(stage), {"stage": stage, "reason": str(refusal)})
+            raise
         remove(scratch)
+    return result
+
+
+def run(stage: str, params: Params, layout: Layout) -> StageResult:
+    """The stage itself in its MLflow run, and metrics.json; of several processes the first writes both."""
+    logged = dict(dotted(params.model_dump(mode="json"), [*layout.tracked(stage), "machine"]))
+    with tracking.stage_run(stage, logged, layout):
+        result = importlib.import_module(f"tasks.{stage}").run(params, layout)
+        write_json(layout.artifact(stage, "metrics.json"), result.metrics)
+        tracking.log_metrics(result.metrics)
     return result
 
 
@@ -91,24 +107,42 @@ def main(arguments: list[str] | None = None) -> int:
     stage = parser.parse_args(arguments).stage
     for name, value in (NO_TELEMETRY | GENTLE).items():
         os.environ.setdefault(name, value)
+    is_rank = launch.is_rank()
     try:
         with stop_on_signals():
-            if "DVC_STAGE" in os.environ:  # by hand, `nohup python -m tasks … &` may outlive its shell
+            if is_rank:
+                launch.speak_as_rank()
+                as_rank()
+            elif "DVC_STAGE" in os.environ:  # by hand, `nohup python -m tasks … &` may outlive its shell
                 tie_to_parent()
             result = execute(stage)
     except Stopped as stopped:
-        print(f"stackrl: {stage}: {stopped}; run it again to go on from the last checkpoint", file=sys.stderr)
+        if not launch.leave_word(stopped, None):
+            again = "run it again to go on from the last checkpoint"
+            print(f"stackrl: {stage}: {stopped}; {again}", file=sys.stderr)
         return stopped.status
     except Exception as error:
         line = reason(error)
+        if launch.leave_word(error, None if os.environ.get("STACKRL_TRACEBACK") else line):
+            return 1
         if line is None or os.environ.get("STACKRL_TRACEBACK"):
             raise
         print(f"stackrl: {stage}: {line}{hint(stage)}", file=sys.stderr)
         return 1
-    headline = [f"{name} {value:.5g}" for name, value in result.metrics.items()][:HEADLINE_METRICS]
-    print(f"stackrl: {stage}: {', '.join(headline) or 'done'}", flush=True)
+    if not is_rank:
+        headline = [f"{name} {value:.5g}" for name, value in result.metrics.items()][:HEADLINE_METRICS]
+        print(f"stackrl: {stage}: {', '.join(headline) or 'done'}", flush=True)
     return 0
 
 
+def leave(status: int) -> None:
+    """End the process; a rank at once, for a process group that lost a member may wait at exit for ever."""
+    if not launch.is_rank():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

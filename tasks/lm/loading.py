@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from tasks.run.ranks import is_first
+
 PAD, EOS = "<|pad|>", "<|eos|>"
 
 
@@ -123,7 +125,13 @@ def fit_embeddings(model, tokenizer) -> None:
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
-    """A plain transformers folder holding its tokenizer (write it into a staged path)."""
+    """A plain transformers folder holding its tokenizer (write it into a staged path).
+
+    Of several processes only the first writes; the others get an empty folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_first():
+        return
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

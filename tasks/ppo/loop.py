@@ -152,7 +152,9 @@ class Loop:
     ) -> None:
         """All updates that are left, from the newest checkpoint in `folder` if there is one."""
         trainer = self.trainer
-        if folder and (found := checkpoint.latest(folder)):
+        found = checkpoint.latest(folder) if folder else None
+        trainer.accelerator.wait_for_everyone()  # all have looked before one of them writes there
+        if found:
             self.load_state_dict(found.state)
         else:
             if self.config.preflight:
@@ -184,7 +186,8 @@ class Loop:
         responses = self._sample(queries, seeds[own]).lists()
         stats = trainer.step(queries, responses, scores_of(self.reward_fn, queries, responses))
         stats["eos_rate"] = self._eos_rate(responses)
-        stats["tokens"] = sum(map(len, queries)) + sum(map(len, responses))
+        of_rows = [len(q) + len(r) for q, r in zip(queries, responses, strict=True)]
+        stats["tokens"] = round(trainer.mean(of_rows) * config.batch_size)
         if trainer.updates != number + 1:
             return stats  # earlier weights returned, and their curve with them
         self.curve.add(number + 1, **{name: stats[key] for name, key in COLUMNS.items()})

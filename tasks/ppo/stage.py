@@ -67,7 +67,7 @@ def run(params: Params, layout: Layout) -> StageResult:
         ValueError: as :func:`prepare`.
     """
     refuse_unless_passed(layout)
-    loop, tokenizer = prepare(params, layout)
+    loop, _ = prepare(params, layout)
     trainer = loop.trainer
     with Progress("ppo", params.ppo.updates) as progress:
 
@@ -79,8 +79,7 @@ def run(params: Params, layout: Layout) -> StageResult:
         loop.run(layout.scratch("ppo"), params.machine.checkpoint_updates, report)
     chosen = loop.select()
     with staged(layout.artifact("ppo", "model")) as out:
-        trainer.model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        trainer.save_pretrained(out)
     loop.curve.write(layout.artifact("ppo", "curve.csv"))
     pictures = ["score", "kl_nats", "entropy_nats", "value_loss"]
     log_artifact(plot(layout.home / "reports/ppo/curve.png", loop.curve, pictures, "PPO"))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from tasks.lm.masked import masked_mean, masked_sum, masked_var
@@ -50,9 +51,14 @@ class Passes:
         variance = max(found["ppo/returns/var"], 1e-8)
         return found | {
             "ppo/val/var_explained": 1 - found["ppo/val/error"] / variance,
-            "ppo/policy/ratio": torch.cat(self.ratios).float().cpu().numpy(),
-            "ppo/policy/advantages": torch.cat(self.advantages).float().cpu().numpy(),
+            "ppo/policy/ratio": _flat(self.ratios),
+            "ppo/policy/advantages": _flat(self.advantages),
         }
+
+
+def _flat(parts: list[Tensor]) -> ndarray:
+    """Of this process's tokens, of which the steps that were taken may hold none."""
+    return torch.cat([part.float().cpu() for part in parts] or [torch.empty(0)]).numpy()
 
 
 def moments_of(returns: Tensor, old_values: Tensor, mask: Tensor, total) -> dict[str, float]:

@@ -325,7 +325,8 @@ class PPOTrainer:
         """The passes over the rollout; they end early where KL to the old policy or a spike says so."""
         config, passes = self.config, Passes(self.config.vf_coef)
         for order in self._orders():
-            for rows in order.to(self.device).split(self.mini_rows * config.gradient_accumulation_steps):
+            for step in order.split(config.mini_batch_size * config.gradient_accumulation_steps):
+                rows = self._own(step)
                 self._optimize(seen.rows(rows), advantages[rows], returns[rows], passes)
                 if self.guard.is_lost:
                     return passes
@@ -335,11 +336,16 @@ class PPOTrainer:
         return passes
 
     def _orders(self) -> Iterator[Tensor]:
-        """The order of the rows in each pass; a function of seed, update and pass alone."""
+        """The order of all processes' rows in each pass; a function of seed, update and pass alone."""
         for epoch in range(self.config.ppo_epochs):
             purpose = f"minibatches/{self.returns}/{self.updates}/{epoch}"
             draw = torch.Generator().manual_seed(derive_seed(self.seed, "ppo", purpose))
-            yield torch.randperm(self.batch_rows, generator=draw)
+            yield torch.randperm(self.config.batch_size, generator=draw)
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """Which of its own rows this process has among those of the whole batch; there may be none."""
+        own = rows - self.rank * self.batch_rows
+        return own[(own >= 0) & (own < self.batch_rows)].to(self.device)
 
     def _optimize(self, seen: Rollout, advantages: Tensor, returns: Tensor, passes: Passes) -> None:
         """One optimizer step."""
@@ -348,7 +354,7 @@ class PPOTrainer:
             return
         sums = torch.zeros(len(OF_TOKENS), dtype=torch.float64, device=self.device)
         every = torch.arange(len(advantages), device=self.device)
-        for part in every.split(min(self.mini_rows, self.microbatch_rows)):
+        for part in every.split(min(self.mini_rows, self.microbatch_rows)) if len(every) else ():
             sums += self._backward(seen.rows(part), advantages[part], returns[part], count, passes)
         means = dict(zip(OF_TOKENS, (self._total(sums) / count).tolist(), strict=True))
         self._sum_gradients()

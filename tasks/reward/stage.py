@@ -89,6 +89,7 @@ def run(params: Params, layout: Layout) -> StageResult:
         layout.scratch("reward"),
         examples=len(train),
         batch=reward.batch_questions,
+        batch_key="reward.batch_questions",
         microbatch_tokens=machine.microbatch_tokens,
         device=device.type,
         seed=seed,
@@ -104,7 +105,7 @@ def run(params: Params, layout: Layout) -> StageResult:
     trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
     metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
     with staged(layout.artifact("reward", "model")) as folder:
-        save_model(trainer.merged() if adapter else model, tokenizer, folder)
+        save_model(trainer.merged() if adapter else trainer.whole(), tokenizer, folder)
         scores = {"mean": metrics["score_mean"], "std": metrics["score_std"]}
         (folder / SCORES).write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n")
     curve = Curve.of_log(trainer.state.log_history, ("eval_loss", "eval_accuracy"), ("loss", "accuracy"))

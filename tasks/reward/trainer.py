@@ -164,11 +164,14 @@ class RewardTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
     def merged(self):
         """The plain model, its adapter merged in; checked on documents of the training data.
 
+        As :meth:`whole`, None on the other ranks where weights are sharded.
+
         Raises:
             ValueError: it does not score as the adapter does (:func:`tasks.lm.adapters.merge_checked`).
         """
         documents = [(*group.prompt, *r) for group in self.train_dataset[:PROBES] for r in group.responses]
-        return merge_checked(self.accelerator.unwrap_model(self.model), documents)
+        whole = self.whole()
+        return whole and merge_checked(whole, documents)
 
 
 def pair_scores(scores: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def save(
     skeleton = json.dumps(_encode(state, "state", tensors))
     _sweep(folder)
     final = _free_name(folder, step)
-    with staged(final) as path:
+    with staged(final, by_every_rank=True) as path:  # who saves decides which ranks do
         path.mkdir()
         _write_tensors(path / TENSORS, tensors.named)
         for name, text in {**(texts or {}), STATE: skeleton}.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from hashlib import sha256
 
+from tasks.run.ranks import local_rank, processes
+
 
 def derive_seed(seed: int, stage: str, purpose: str) -> int:
     """A seed for one use: the first eight bytes of sha256("seed/stage/purpose"), below 2⁶³."""
@@ -25,6 +27,8 @@ def seed_everything(seed: int) -> None:
 def use_device(device: str, threads: int):
     """Set the CPU threads and return the torch device: `auto` is cuda where there is one, else cpu.
 
+    One of several processes has the GPU of its number.
+
     Raises:
         ValueError: cuda is asked for and there is none.
     """
@@ -33,6 +37,11 @@ def use_device(device: str, threads: int):
     torch.set_num_threads(threads)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("machine.device is cuda, but torch sees no CUDA device")
-    return torch.device(
-        "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
-    )
+    kind = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
+    if kind == "cpu" or processes() == 1:
+        return torch.device(kind)
+    if local_rank() >= torch.cuda.device_count():
+        raise ValueError(
+            f"machine.processes: process {local_rank()} has no GPU; torch sees {torch.cuda.device_count()}"
+        )
+    return torch.device(kind, local_rank())

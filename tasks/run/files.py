@@ -8,16 +8,25 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from tasks.run.ranks import is_first
 
 
 @contextmanager
-def staged(final: Path) -> Iterator[Path]:
+def staged(final: Path, by_every_rank: bool = False) -> Iterator[Path]:
     """A path beside `final` (not created, same suffix) which takes its place when the block ends well.
 
     The block writes a file or a folder there. Whatever stood at `final` stays until then, and stays for good
     when the block raises. Files and folders are on disk before the rename, and the rename before the return.
+    Of several training processes only the first does so; another gets a path that leads nowhere lasting, and
+    need not write there at all, unless what stands at `final` is its own (`by_every_rank`).
     """
+    if not (by_every_rank or is_first()):
+        with TemporaryDirectory() as nowhere:
+            yield Path(nowhere) / final.name
+        return
     final.parent.mkdir(parents=True, exist_ok=True)
     new, old = final.with_name(f".staged-{final.name}"), final.with_name(f".replaced-{final.name}")
     _recover(final, new, old)
@@ -34,13 +43,13 @@ def staged(final: Path) -> Iterator[Path]:
     remove(old)
 
 
-def write_json(final: Path, value: Any) -> None:
+def write_json(final: Path, value: Any, by_every_rank: bool = False) -> None:
     """Stage `value` as JSON, keys sorted, newline at the end; ValueError for nan and infinities."""
     try:
         text = json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False)
     except ValueError as error:
         raise ValueError(f"{final}: {error}") from None
-    with staged(final) as path:
+    with staged(final, by_every_rank) as path:
         path.write_text(text + "\n", encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from tasks.run.progress import Progress
+from tasks.run.ranks import processes
 from tasks.run.tracking import log_metrics
 
 
@@ -29,9 +30,9 @@ class Follow(TrainerCallback):
         self.tokens = self.tokens_seen()
 
     def on_step_end(self, args, state, control, **_) -> None:
-        """One optimizer step more."""
+        """One optimizer step more; the other processes are taken to have had as many tokens."""
         seen = self.tokens_seen()
-        self.progress.update(state.global_step, seen - self.tokens)
+        self.progress.update(state.global_step, (seen - self.tokens) * processes())
         self.tokens = seen
 
     def on_log(self, args, state, control, logs=None, **_) -> None:

@@ -18,6 +18,7 @@ from tasks.run.layout import Layout
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_TO_STOP = 30.0  # as torch's launcher gives its ranks
 
 
 class Stopped(KeyboardInterrupt):
@@ -46,6 +47,30 @@ def tie_to_parent() -> None:
     above = _parent_of(parent)
     if not _runs(parent, b"dvc") and _runs(above, b"dvc"):
         threading.Thread(target=_end_with, args=(above,), daemon=True).start()
+
+
+def die_with_parent() -> None:
+    """Between fork and exec: the new program receives SIGTERM when this one ends. Linux only."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def as_rank() -> None:
+    """For one of several training processes: it ends with its launcher, however that ends.
+
+    A rank that waits for another in a collective hears no signal; it is killed when its time to stop is over.
+    """
+    launcher = os.getppid()
+    tie_to_parent()
+    threading.Thread(target=_end_after, args=(launcher,), daemon=True).start()
+
+
+def _end_after(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SECONDS_TO_STOP)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def as_worker() -> None:
@@ -103,8 +128,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def stage_lock(layout: Layout, stage: str) -> Iterator[None]:
+def stage_lock(layout: Layout, stage: str) -> Iterator[int]:
     """Be the only process that runs `stage`; the kernel lets go when the process ends, however it ends.
+
+    Yields:
+        The lock's file descriptor: a child that inherits it holds the lock as well.
 
     Raises:
         ValueError: another process runs it; the message names the stage and the process.
@@ -121,4 +149,4 @@ def stage_lock(layout: Layout, stage: str) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        yield file.fileno()

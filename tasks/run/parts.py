@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from tasks.run.ranks import are_sharded
+
 Found = TypeVar("Found")
 
 
@@ -42,9 +44,28 @@ class Parts:
         yield part
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A collator: the rows of the whole batch -> those of one of several processes.
+
+    A process that gets none, of a last batch with fewer rows than there are processes, runs the first row
+    without counting it, because the others wait for it wherever gradients or weights are exchanged.
+    """
+
+    collate: Callable[[Sequence[Any]], dict[str, Any]]  # Parts
+    rank: int
+    processes: int
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """One process's share of one batch."""
+        own = rows[self.rank :: self.processes]
+        found = self.collate(own or rows[:1])
+        return found if own else {"parts": found["parts"], "labels": found["labels"][:0]}
+
+
 def part_tokens(args: TrainingArguments) -> int:
     """`args.microbatch_tokens`; 0 where weights are sharded: processes must run equally many forwards."""
-    return 0 if args.fsdp or args.deepspeed else args.microbatch_tokens
+    return 0 if args.fsdp or args.deepspeed or are_sharded() else args.microbatch_tokens
 
 
 class InParts:
@@ -52,13 +73,31 @@ class InParts:
 
     Memory follows the largest part; the gradient is that of the whole batch, because `compute_loss(model,
     part, num_items_in_batch=…)` divides by the items of all parts, of all accumulated batches and processes.
+    Processes share each batch that one process would have, also the short one at the end of an epoch.
     """
+
+    _counts = True  # whether the rows at hand are this process's own
+
+    def get_train_dataloader(self) -> Any:
+        """As Trainer's; of several processes each reads the whole batch and keeps its :class:`Share`."""
+        processes, own = self.args.world_size, self._train_batch_size
+        if processes == 1:
+            return super().get_train_dataloader()
+        self._train_batch_size = own * processes
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self._train_batch_size = own
+        shards = loader.batch_sampler  # accelerate's, which would deal batches out and repeat some rows
+        shards.num_processes, shards.process_index, shards.even_batches = 1, 0, False
+        loader.collate_fn = Share(loader.collate_fn, self.args.process_index, processes)
+        return loader
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Loss of the batch, detached; the parts' gradients are added up."""
-        losses = []
+        losses, self._counts = [], len(inputs["labels"]) > 0
         for part in inputs["parts"]:
             is_last = part is inputs["parts"][-1]  # data parallel processes exchange gradients once
             with nullcontext() if is_last else self.accelerator.no_sync(model):
@@ -73,7 +112,7 @@ class InParts:
         if items is None:
             return total / own
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return total / items * processes
+        return total / items * processes * self._counts
 
     def inside(self, wrapped: nn.Module, function: Callable[[nn.Module], Found]) -> Found:
         """`function(self.model)`, run as the forward of what accelerate wraps around the model.

@@ -6,6 +6,8 @@ import sys
 import time
 from types import TracebackType
 
+from tasks.run.ranks import is_first
+
 SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -27,6 +29,8 @@ class Progress:
         self.done, self.units = done, self.units + units
         self.values |= values
         now = time.monotonic()
+        if not is_first():
+            return
         if now - self.shown >= (0.2 if self.is_terminal else SECONDS_BETWEEN_LINES) or done == self.total:
             self.shown = now
             print(

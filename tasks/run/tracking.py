@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.run.files import write_json
 from tasks.run.layout import Layout, content_hash
 from tasks.run.provenance import execution, git_tags, one_line, version_tags, without_secrets
+from tasks.run.ranks import is_first
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -89,7 +90,7 @@ def stage_run(stage: str, params: Mapping[str, Any], layout: Layout) -> Iterator
         ConnectionError: the tracking server does not answer.
     """
     global _active
-    if int(os.environ.get("RANK") or 0):
+    if not is_first():
         yield
         return
     _active = _open(stage, params, layout)

@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from tasks.run.checkpoint import Checkpoint, latest, load, restore_rng, rng_state, save
+from tasks.run.sharded import whole_model
 
 STATE_NAME, WEIGHTS_NAME = "trainer_state.json", "model.safetensors"  # transformers' names
 _log = logging.getLogger(__name__)
@@ -112,6 +113,10 @@ class SafeCheckpoints:
         """What Trainer forgets when it resumes: the loss so far, the step of the last log, the time."""
         seconds = time.time() - self._started + self._seconds_before
         return {"loss": self._total_loss_scalar, "step": self._globalstep_last_logged, "seconds": seconds}
+
+    def whole(self) -> torch.nn.Module | None:
+        """The plain model with all of its weights (:func:`tasks.run.sharded.whole_model`)."""
+        return whole_model(self.accelerator, self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A plain transformers folder, without training_args.bin."""

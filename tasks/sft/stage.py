@@ -52,6 +52,7 @@ def run(params: Params, layout: Layout) -> StageResult:
     else:
         model = create_causal(params.model.config.model_dump(exclude={"vocab_size"}), tokenizer)
     fit_embeddings(model, tokenizer)
+    parameters = sum(p.numel() for p in model.parameters())
     train, held = read_rows(layout)
     if not train:
         raise ValueError("sft: artifacts/pack/rows holds no training row")
@@ -60,6 +61,7 @@ def run(params: Params, layout: Layout) -> StageResult:
         layout.scratch("sft"),
         examples=len(train),
         batch=sft.batch_rows,
+        batch_key="sft.batch_rows",
         microbatch_tokens=machine.microbatch_tokens,
         device=device.type,
         seed=seed,
@@ -72,13 +74,12 @@ def run(params: Params, layout: Layout) -> StageResult:
     follow(trainer, "sft")
     trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
     metrics = trainer.evaluate()
-    model = trainer.merged() if adapter else model
+    model = trainer.merged() if adapter else trainer.whole()
     with staged(layout.artifact("sft", "model")) as folder:
         save_model(model, tokenizer, folder)
     curve = Curve.of_log(trainer.state.log_history, ("loss", "learning_rate", "grad_norm"))
     curve.write(layout.artifact("sft", "curve.csv"))
     log_artifact(plot(layout.home / "reports/sft/loss.png", curve, ["loss"], "SFT loss, nats per token"))
-    parameters = sum(p.numel() for p in model.parameters())
     return StageResult(
         {
             "steps": config.max_steps,

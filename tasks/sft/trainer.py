@@ -113,11 +113,14 @@ class SFTTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
     def merged(self):
         """The plain model, its adapter merged in; checked on documents of the training data.
 
+        As :meth:`whole`, None on the other ranks where weights are sharded.
+
         Raises:
             ValueError: it does not say what the adapter says (:func:`tasks.lm.adapters.merge_checked`).
         """
         documents = [document for row in self.train_dataset[:PROBES] for document in row.documents()]
-        return merge_checked(self.accelerator.unwrap_model(self.model), documents[:PROBES])
+        whole = self.whole()
+        return whole and merge_checked(whole, documents[:PROBES])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A part's share of the mean negative log-likelihood per predicted token of the batch, nats."""

@@ -1,0 +1,186 @@
+"""A stage in several processes: `accelerate launch` in a group of its own, and what its ranks leave as word.
+
+The launcher's own output (torch prints pages about a rank that failed) goes to a file. Rank 0 speaks where
+the stage would speak alone; what other ranks say goes to that file too. A rank that ends badly leaves a JSON
+file that says why, so that the user reads the cause once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tasks.run import ranks
+from tasks.run.files import remove, write_json
+from tasks.run.layout import Layout, Refusal, read_yaml
+from tasks.run.lifetime import SECONDS_TO_STOP, Stopped, die_with_parent
+
+FOLDER_VARIABLE = "STACKRL_LAUNCH"  # where ranks leave word; set: this process is a rank
+TRAINING = ("sft", "reward", "ppo")  # the other stages run alone, whatever machine.launch says
+SHARDED = ("FSDP", "DEEPSPEED")  # accelerate's distributed types that leave no process whole weights
+SECONDS_BETWEEN_LOOKS = 0.05
+LINES_SHOWN = 20
+
+
+class RankError(ValueError):
+    """A rank met an error that is not the user's; its traceback has been shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastWord:
+    """How a rank ended: ``LastWord(1, "line", "sft: no row", 12.5)``.
+
+    Attributes:
+        rank: which.
+        kind: `line` or `refusal` (for the user), `traceback`, or `stopped`.
+        text: what it is about; for `stopped` the signal's number.
+        at: seconds of the clock: the first to end is the cause, the others its consequence.
+    """
+
+    rank: int
+    kind: str
+    text: str
+    at: float
+
+
+def is_rank() -> bool:
+    """Whether this process was started by a launcher, ours or `torchrun`."""
+    return FOLDER_VARIABLE in os.environ or "RANK" in os.environ
+
+
+def check_serves(stage: str, file: Path) -> None:
+    """Raises ValueError where a launch file cannot serve `stage`: one that shards weights, for ppo."""
+    kind = str(read_yaml(file).get("distributed_type", "NO")).upper()
+    if stage == "ppo" and kind in SHARDED:
+        raise ValueError(
+            f"machine.launch is {file.stem}, which shards weights; ppo samples with whole weights on every "
+            "GPU: set machine.launch to ddp for it"
+        )
+
+
+def launch(stage: str, file: Path, processes: int, layout: Layout, lock: int | None = None) -> None:
+    """Run `stage` in the processes that `file` describes, and wait for their end.
+
+    SIGINT and SIGTERM are handed on; no rank outlives this process.
+
+    Args:
+        stage: one of TRAINING.
+        file: of params/accelerate.
+        processes: how many; 0: as many as the file says.
+        layout: where the stage stands.
+        lock: file descriptor of the stage's lock, kept until the launcher has ended, however this one ends.
+
+    Raises:
+        ValueError: what a rank said to the user, or a failed launch.
+        Refusal: the stage declined.
+        Stopped: a rank was told to stop by somebody else.
+    """
+    check_serves(stage, file)
+    folder = layout.home / "scratch" / f"{stage}.launch"
+    remove(folder)
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    command += ["--num_processes", str(processes)] if processes else []
+    with (folder / "launcher.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "-m", "tasks", stage],
+            env={**os.environ, FOLDER_VARIABLE: str(folder)},
+            cwd=layout.root,
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # rank 0 speaks there
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+            pass_fds=() if lock is None else (lock,),
+        )
+        try:
+            status = process.wait()
+            _end(process.pid, signal.SIGTERM)  # nothing is left after a good end
+        except BaseException as error:
+            is_ctrl_c = getattr(error, "status", None) == 130
+            _end(process.pid, signal.SIGINT if is_ctrl_c else signal.SIGTERM, process)
+            raise
+    if status:
+        _raise(stage, status, folder)
+    remove(folder)
+
+
+def _end(group: int, number: int, leader: subprocess.Popen | None = None) -> None:
+    """Tell a group to end and wait for it; what has not ended in time is killed."""
+    try:
+        os.killpg(group, number)
+        deadline = time.monotonic() + SECONDS_TO_STOP + 5  # torch's agent waits as long for its ranks
+        while time.monotonic() < deadline:
+            if leader:
+                leader.poll()  # a zombie of ours would count as left
+            os.killpg(group, 0)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    except BaseException:  # a second Ctrl-C
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        raise
+
+
+def _raise(stage: str, status: int, folder: Path) -> None:
+    word = _cause(folder)
+    if word is None:
+        said = (folder / "launcher.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        print(*said[-LINES_SHOWN:], sep="\n", file=sys.stderr)
+        raise RankError(f"accelerate launch ended with {status}, and no rank said why; see {folder}")
+    if word.kind == "stopped":
+        raise Stopped(int(word.text))
+    if word.kind == "refusal":
+        raise Refusal(word.text)
+    if word.kind == "line":
+        raise ValueError(word.text)
+    print(word.text, file=sys.stderr)
+    raise RankError(f"rank {word.rank}: {word.text.strip().splitlines()[-1]}; the other ranks: {folder}")
+
+
+def _cause(folder: Path) -> LastWord | None:
+    """What is for the user before tracebacks, those before `stopped`; of these the first."""
+    kinds = ("refusal", "line", "traceback", "stopped")
+    words = [LastWord(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("rank-*.json")]
+    return min(words, key=lambda word: (kinds.index(word.kind), word.at), default=None)
+
+
+# ---- in a rank
+
+
+def speak_as_rank() -> None:
+    """Rank 0 speaks where the launcher's parent does, the others into the launcher's file."""
+    if FOLDER_VARIABLE in os.environ:
+        os.dup2(1, 2) if ranks.is_first() else os.dup2(2, 1)
+
+
+def leave_word(error: BaseException, line: str | None) -> bool:
+    """Tell the launcher how this rank ends; whether there is one to tell.
+
+    Args:
+        error: what ends it.
+        line: the one line for the user, where there is one.
+    """
+    if not (folder := os.environ.get(FOLDER_VARIABLE)):
+        return False
+    if isinstance(error, Stopped):
+        kind, text = "stopped", str(error.status - 128)
+    elif isinstance(error, Refusal):
+        kind, text = "refusal", str(error)
+    elif line is not None:
+        kind, text = "line", line
+    else:
+        kind, text = "traceback", "".join(traceback.format_exception(error))
+    word = LastWord(ranks.rank(), kind, text, time.time())
+    write_json(Path(folder) / f"rank-{word.rank}.json", asdict(word), by_every_rank=True)
+    return True
