@@ -15,7 +15,7 @@ from params.schema import Params
 from tasks.run import launch, tracking
 from tasks.run.files import remove, write_json
 from tasks.run.layout import STAGES, Layout, Refusal, StageResult
-from tasks.run.lifetime import Stopped, as_rank, stage_lock, stop_on_signals, tie_to_parent
+from tasks.run.lifetime import Stopped, stage_lock, stop_on_signals, tie_to_parent
 
 NO_TELEMETRY = {
     "DO_NOT_TRACK": "true",
@@ -111,8 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with stop_on_signals():
             if is_rank:
-                launch.speak_as_rank()
-                as_rank()
+                launch.become_rank()
             elif "DVC_STAGE" in os.environ:  # by hand, `nohup python -m tasks … &` may outlive its shell
                 tie_to_parent()
             result = execute(stage)

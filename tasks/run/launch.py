@@ -21,9 +21,10 @@ from pathlib import Path
 from tasks.run import ranks
 from tasks.run.files import remove, write_json
 from tasks.run.layout import Layout, Refusal, read_yaml
-from tasks.run.lifetime import SECONDS_TO_STOP, Stopped, die_with_parent
+from tasks.run.lifetime import SECONDS_TO_STOP, Stopped, as_rank, die_with_parent
 
 FOLDER_VARIABLE = "STACKRL_LAUNCH"  # where ranks leave word; set: this process is a rank
+LAUNCHER_VARIABLE = "STACKRL_LAUNCHER"  # the process that waits for them
 TRAINING = ("sft", "reward", "ppo")  # the other stages run alone, whatever machine.launch says
 SHARDED = ("FSDP", "DEEPSPEED")  # accelerate's distributed types that leave no process whole weights
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -92,7 +93,7 @@ def launch(stage: str, file: Path, processes: int, layout: Layout, lock: int | N
     with (folder / "launcher.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "-m", "tasks", stage],
-            env={**os.environ, FOLDER_VARIABLE: str(folder)},
+            env={**os.environ, FOLDER_VARIABLE: str(folder), LAUNCHER_VARIABLE: str(os.getpid())},
             cwd=layout.root,
             stdin=subprocess.DEVNULL,
             stdout=2,  # rank 0 speaks there
@@ -107,9 +108,10 @@ def launch(stage: str, file: Path, processes: int, layout: Layout, lock: int | N
         except BaseException as error:
             is_ctrl_c = getattr(error, "status", None) == 130
             _end(process.pid, signal.SIGINT if is_ctrl_c else signal.SIGTERM, process)
+            remove(folder)
             raise
     if status:
-        _raise(stage, status, folder)
+        _raise(status, folder, processes or int(read_yaml(file)["num_processes"]))
     remove(folder)
 
 
@@ -117,7 +119,7 @@ def _end(group: int, number: int, leader: subprocess.Popen | None = None) -> Non
     """Tell a group to end and wait for it; what has not ended in time is killed."""
     try:
         os.killpg(group, number)
-        deadline = time.monotonic() + SECONDS_TO_STOP + 5  # torch's agent waits as long for its ranks
+        deadline = time.monotonic() + SECONDS_TO_STOP
         while time.monotonic() < deadline:
             if leader:
                 leader.poll()  # a zombie of ours would count as left
@@ -132,12 +134,15 @@ def _end(group: int, number: int, leader: subprocess.Popen | None = None) -> Non
         raise
 
 
-def _raise(stage: str, status: int, folder: Path) -> None:
-    word = _cause(folder)
+def _raise(status: int, folder: Path, processes: int) -> None:
+    word = _cause(folder, processes)
     if word is None:
         said = (folder / "launcher.log").read_text(encoding="utf-8", errors="replace").splitlines()
         print(*said[-LINES_SHOWN:], sep="\n", file=sys.stderr)
-        raise RankError(f"accelerate launch ended with {status}, and no rank said why; see {folder}")
+        raise RankError(
+            f"accelerate launch ended with status {status}, and a rank without a word (out of memory?); "
+            f"all it said: {folder / 'launcher.log'}"
+        )
     if word.kind == "stopped":
         raise Stopped(int(word.text))
     if word.kind == "refusal":
@@ -148,18 +153,23 @@ def _raise(stage: str, status: int, folder: Path) -> None:
     raise RankError(f"rank {word.rank}: {word.text.strip().splitlines()[-1]}; the other ranks: {folder}")
 
 
-def _cause(folder: Path) -> LastWord | None:
-    """What is for the user before tracebacks, those before `stopped`; of these the first."""
+def _cause(folder: Path, processes: int) -> LastWord | None:
+    """What is for the user before tracebacks, those before `stopped`; of these the first.
+
+    None where a rank said nothing and the others were stopped because of it.
+    """
     kinds = ("refusal", "line", "traceback", "stopped")
     words = [LastWord(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("rank-*.json")]
-    return min(words, key=lambda word: (kinds.index(word.kind), word.at), default=None)
+    cause = min(words, key=lambda word: (kinds.index(word.kind), word.at), default=None)
+    return None if cause and cause.kind == "stopped" and len(words) < processes else cause
 
 
 # ---- in a rank
 
 
-def speak_as_rank() -> None:
-    """Rank 0 speaks where the launcher's parent does, the others into the launcher's file."""
+def become_rank() -> None:
+    """Live no longer than what started it. Rank 0 speaks to the user, the others into the launcher's file."""
+    as_rank(int(os.environ.get(LAUNCHER_VARIABLE) or 0) or None)
     if FOLDER_VARIABLE in os.environ:
         os.dup2(1, 2) if ranks.is_first() else os.dup2(2, 1)
 

@@ -18,7 +18,7 @@ from tasks.run.layout import Layout
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SECONDS_BETWEEN_LOOKS = 1.0
-SECONDS_TO_STOP = 30.0  # as torch's launcher gives its ranks
+SECONDS_TO_STOP = 10.0  # of a rank, which writes nothing then
 
 
 class Stopped(KeyboardInterrupt):
@@ -55,22 +55,35 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def as_rank() -> None:
-    """For one of several training processes: it ends with its launcher, however that ends.
+def as_rank(launcher: int | None = None) -> None:
+    """For one of several training processes: it ends with its parent, and with the process above that one.
 
-    A rank that waits for another in a collective hears no signal; it is killed when its time to stop is over.
+    A rank that waits for another in a collective hears no signal: when its time is over, it is killed.
+
+    Args:
+        launcher: the process that started the parent; None: nobody to watch.
     """
-    launcher = os.getppid()
+    parent = os.getppid()
     tie_to_parent()
-    threading.Thread(target=_end_after, args=(launcher,), daemon=True).start()
+    threading.Thread(target=_end_after, args=(parent, launcher), daemon=True).start()
 
 
-def _end_after(launcher: int) -> None:
-    while os.getppid() == launcher:
+def _end_after(parent: int, launcher: int | None) -> None:
+    while os.getppid() == parent and (launcher is None or _is_alive(launcher)):
         time.sleep(SECONDS_BETWEEN_LOOKS)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SECONDS_TO_STOP)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether there is such a process; a zombie is none where that can be told."""
+    try:
+        os.kill(pid, 0)
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def as_worker() -> None:
