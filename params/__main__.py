@@ -1,4 +1,4 @@
-"""`python -m params use <preset> [key=value …]` writes params.yaml; `python -m params check` reads it."""
+"""`python -m params use <preset> [key=value …]` writes params.yaml, `check` reads, `estimate` weighs it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from params.estimate import describe
 from params.links import BASES, HUB, RAW, Link, dump_links, hub_names, model_links, relink
 from params.load import ParamsError, read, read_mapping, validate
 from params.render import render
 
 PRESETS = Path(__file__).parent / "presets"
 PARAMS = Path("params.yaml")
-USAGE = "usage: python -m params use <preset> [key=value …] | python -m params check"
+USAGE = (
+    "usage: python -m params use <preset> [key=value …] | python -m params check | "
+    "python -m params estimate [key=value …]"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -25,6 +29,8 @@ def main(argv: list[str]) -> int:
                 print(use(preset, settings))
             case ["check"]:
                 print(check())
+            case ["estimate", *settings]:
+                print(describe(read(PARAMS), dict(_setting(text) for text in settings)))
             case _:
                 raise ParamsError(f"{USAGE} (presets: {', '.join(presets())})")
     except (ParamsError, OSError) as error:

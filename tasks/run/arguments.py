@@ -22,6 +22,7 @@ def training_arguments(
     device: str,
     seed: int,
     checkpoint_steps: int,
+    max_steps: int | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Keyword arguments of a TrainingArguments.
@@ -38,6 +39,7 @@ def training_arguments(
         device: `cpu` or `cuda`.
         seed: of the order of examples.
         checkpoint_steps: optimizer steps between two checkpoints.
+        max_steps: most optimizer steps; None: the epochs decide.
         more: handed on as they are.
 
     Raises:
@@ -45,6 +47,7 @@ def training_arguments(
     """
     own = ranks.share(batch_key, batch)
     steps = max(1, math.ceil(examples / batch * epochs))
+    steps = min(steps, max_steps or steps)
     return {
         "output_dir": str(folder),
         "max_steps": steps,
