@@ -24,7 +24,8 @@ def whole_model(accelerator: Accelerator, wrapped: nn.Module) -> nn.Module | Non
     Returns:
         None on the other ranks of a sharded training, which cannot do anything with it.
     """
-    model = accelerator.unwrap_model(wrapped, keep_torch_compile=False)
+    # without autocast too, or a merged model would be compared with an adapter in bfloat16
+    model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     if accelerator.distributed_type not in SHARDED:
         return model
     state = accelerator.get_state_dict(wrapped)
@@ -37,13 +38,17 @@ def whole_model(accelerator: Accelerator, wrapped: nn.Module) -> nn.Module | Non
 
 def _twin(model: nn.Module) -> nn.Module:
     """A model of the same shape, with weights of its own."""
-    if hasattr(model, "peft_config"):
-        from peft import get_peft_model
+    if not hasattr(model, "get_base_model"):
+        return _plain_twin(model)
+    from peft import get_peft_model
 
-        (config,) = model.peft_config.values()
-        return get_peft_model(_twin(model.get_base_model()), deepcopy(config))
-    plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-    twin = plain(deepcopy(model.config))
+    (config,) = model.peft_config.values()
+    return get_peft_model(_plain_twin(model.get_base_model()), deepcopy(config))
+
+
+def _plain_twin(model: nn.Module) -> nn.Module:
+    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    twin = kind(deepcopy(model.config))
     if hasattr(model, "generation_config"):
         twin.generation_config = model.generation_config
     return twin

@@ -169,9 +169,27 @@ def test_checkpointed_gradients_are_the_same_and_blocks_do_run_again(kind):
 # ---- two processes
 
 
+def test_a_process_takes_its_own_rows_of_a_minibatch(monkeypatch):
+    made = trainer()
+    made.batch_rows = 3
+    monkeypatch.setattr(type(made), "rank", 1)
+    assert made._own(torch.tensor([7, 4, 0, 3, 2, 6])).tolist() == [1, 0]
+    assert made._own(torch.tensor([0, 6])).tolist() == []
+
+
+def test_a_process_without_rows_in_a_step_still_steps():
+    made = trainer()
+    made._own = lambda rows: rows[:0]
+    start = weights(made)
+    made._total = lambda values: values + 1.0  # of another process, which has some
+    made._sum_gradients = lambda: [setattr(p, "grad", torch.ones_like(p)) for p in made.parameters]
+    stats = made.step(*batch())
+    assert not is_still(made, start) and stats["ppo/policy/ratio"].shape == (0,)
+
+
 def whole(folder: Path) -> None:
     """Two steps of this process's share of the same rows; rank 0 writes weights and statistics."""
-    made = trainer(batch_size=8, mini_batch_size=8, use_score_scaling=True, whiten_rewards=True, ppo_epochs=2)
+    made = trainer(batch_size=8, mini_batch_size=2, use_score_scaling=True, whiten_rewards=True, ppo_epochs=2)
     share = slice(made.rank * made.batch_rows, (made.rank + 1) * made.batch_rows)
     for number in range(2):
         stats = made.step(*(rows[share] for rows in batch(seed=number)))
@@ -192,7 +210,10 @@ test_ppo_stability.whole(Path(sys.argv[1]))
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
-    """Whitening, score scaling, KL, means over tokens and gradients are over the rows of both."""
+    """Whitening, score scaling, KL, means over tokens and gradients are over the rows of both.
+
+    So are the minibatches: some of two rows are of one process alone.
+    """
     (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
     whole(tmp_path / "one")
     run_in_two(PROGRAM, tmp_path / "two", tmp_path / "two", beside=__file__)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from trainings import FirstGradients, run_in_two
 
 from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer
-from tasks.run.parts import Parts
+from tasks.run.parts import Parts, Share
 from tasks.sft import PackedRow, SFTConfig, SFTTrainer
 
 
@@ -29,8 +29,18 @@ def test_parts_by_hand():
     assert sizes(0, [3, 4, 5, 9]) == [[3, 4, 5, 9]]
 
 
-def trained(kind: str, folder: Path, **arguments) -> dict[str, torch.Tensor]:
-    """Gradients of the first step over eight rows of unequal numbers of items.
+def test_a_share_by_hand():
+    def collate(rows):
+        return {"parts": [rows], "labels": torch.tensor(rows)}
+
+    assert Share(collate, 0, 2)([5, 6, 7])["parts"] == [[5, 7]]
+    assert Share(collate, 1, 2)([5, 6, 7])["labels"].tolist() == [6]
+    idle = Share(collate, 1, 2)([5])
+    assert idle["parts"] == [[5]] and len(idle["labels"]) == 0
+
+
+def trained(kind: str, folder: Path, count: int = 8, **arguments) -> dict[str, torch.Tensor]:
+    """Gradients of the first step over eight rows (or fewer) of unequal numbers of items.
 
     The model comes into `folder`/model, what it says of five rows into `folder`/eval.json.
     """
@@ -46,14 +56,15 @@ def trained(kind: str, folder: Path, **arguments) -> dict[str, torch.Tensor]:
             PackedRow(tuple(a + b), (len(a), len(b)), (1, 1))
             for a, b in zip(drawn[:8], drawn[8:16], strict=True)
         ]
-        made = SFTTrainer(tiny.causal(), SFTConfig(**keys), rows, rows[:5], callbacks=[seen])
+        made = SFTTrainer(tiny.causal(), SFTConfig(**keys), rows[:count], rows[:5], callbacks=[seen])
     else:
         groups = [
             GroupedAnswers(tuple(drawn[n]), tuple(map(tuple, drawn[8 + 3 * n : 11 + 3 * n])),
                            ((0, 1), (2, 1), (0, 2))[: 1 + n % 3])
             for n in range(8)
         ]  # fmt: skip
-        made = RewardTrainer(tiny.scorer(), RewardConfig(**keys), groups, groups[:5], callbacks=[seen])
+        args = RewardConfig(**keys)
+        made = RewardTrainer(tiny.scorer(), args, groups[:count], groups[:5], callbacks=[seen])
     made.train()
     made.save_model(str(folder / "model"))
     metrics = made.evaluate()
@@ -83,6 +94,14 @@ kind, folder = sys.argv[1], Path(sys.argv[2])
 found = t.trained(kind, folder, per_device_train_batch_size=4, microbatch_tokens=30, ddp_backend="gloo")
 found = {k.removeprefix("module."): v for k, v in found.items()}
 save_file(found, folder / f"rank-{os.environ['RANK']}.safetensors")
+"""
+ODD = """
+import sys
+from pathlib import Path
+import test_parts as t
+keys = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+t.trained(sys.argv[1], Path(sys.argv[2]), 7, per_device_train_batch_size=3, max_steps=4, ddp_backend="gloo",
+          **(keys if sys.argv[3] == "sharded" else {}))
 """
 SHARDED = """
 import sys
@@ -118,3 +137,15 @@ def test_sharded_processes_end_with_the_model_of_one(tmp_path, kind):
     said, alone = (json.loads((tmp_path / name).read_text()) for name in ("eval.json", "whole/eval.json"))
     assert said == pytest.approx(alone, rel=1e-3)
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["whole", "sharded"])
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_short_batches_are_shared_too(tmp_path, kind, how):
+    """Seven rows in batches of six: of every second batch, of one row, the second process has none."""
+    run_in_two(ODD, tmp_path, kind, tmp_path, how, beside=__file__)
+    (tmp_path / "one").mkdir()
+    trained(kind, tmp_path / "one", 7, per_device_train_batch_size=6, max_steps=4)
+    found, wanted = (load_file(tmp_path / f / "model.safetensors") for f in ("model", "one/model"))
+    assert all(tiny.far(found[name], wanted[name]) <= 1e-3 for name in wanted)
