@@ -1,4 +1,4 @@
-"""What tests do to a training: kill it at a step, look at its gradients, run it in two processes."""
+"""What tests do to a training: kill it, look at its gradients, run it in two processes, shard it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 TESTS = Path(__file__).parent
@@ -40,3 +42,8 @@ def run_in_two(program: str, folder: Path, *arguments: object, beside: str) -> N
         [*launch, folder / "rank.py", *map(str, arguments)], check=True, timeout=300,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+def shard_on_cpus() -> None:
+    """accelerate shards on GPUs alone, and on CPUs leaves FSDP off in silence: say that these are some."""
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

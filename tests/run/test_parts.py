@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from trainings import FirstGradients, run_in_two
+from trainings import FirstGradients, run_in_two, shard_on_cpus
 
 from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer
 from tasks.run.parts import Parts, Share
@@ -50,20 +50,21 @@ def trained(kind: str, folder: Path, count: int = 8, **arguments) -> dict[str, t
         **arguments,
     }  # fmt: skip
     drawn = tiny.drawn([3 + n % 5 for n in range(32)])
-    seen = FirstGradients()
+    seen, args = FirstGradients(), (SFTConfig if kind == "sft" else RewardConfig)(**keys)
+    if args.fsdp:
+        shard_on_cpus()
     if kind == "sft":
         rows = [
             PackedRow(tuple(a + b), (len(a), len(b)), (1, 1))
             for a, b in zip(drawn[:8], drawn[8:16], strict=True)
         ]
-        made = SFTTrainer(tiny.causal(), SFTConfig(**keys), rows[:count], rows[:5], callbacks=[seen])
+        made = SFTTrainer(tiny.causal(), args, rows[:count], rows[:5], callbacks=[seen])
     else:
         groups = [
             GroupedAnswers(tuple(drawn[n]), tuple(map(tuple, drawn[8 + 3 * n : 11 + 3 * n])),
                            ((0, 1), (2, 1), (0, 2))[: 1 + n % 3])
             for n in range(8)
         ]  # fmt: skip
-        args = RewardConfig(**keys)
         made = RewardTrainer(tiny.scorer(), args, groups[:count], groups[:5], callbacks=[seen])
     made.train()
     made.save_model(str(folder / "model"))

@@ -7,22 +7,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
-from trainings import run_in_two
+from trainings import run_in_two, shard_on_cpus
 
 from tasks.lm.adapters import lora
 from tasks.lm.loading import load_causal
 from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer
 from tasks.sft import PackedRow, SFTConfig, SFTTrainer
-
-
-def shard_on_cpus() -> None:
-    """accelerate shards on GPUs alone, and on CPUs leaves FSDP off in silence: say that these are some."""
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
@@ -42,16 +34,17 @@ def tuned(kind: str, rank: int, folder: Path, rows: int, **arguments) -> None:
         shard_on_cpus()
     if kind == "sft":
         data = [PackedRow(tuple(a), (len(a),), (1,)) for a in drawn[:8]]
-        made = SFTTrainer(tiny.causal(vocab_size=330), args, data, peft_config=adapter)
+        made = SFTTrainer(tiny.causal(vocab_size=330), args, data, data[:5], peft_config=adapter)
     else:
         data = [
             GroupedAnswers(tuple(drawn[n]), (tuple(drawn[8 + n]), tuple(drawn[16 + n])), ((0, 1),))
             for n in range(8)
         ]
-        made = RewardTrainer(tiny.scorer(vocab_size=330), args, data, peft_config=adapter)
+        made = RewardTrainer(tiny.scorer(vocab_size=330), args, data, data[:5], peft_config=adapter)
     made.train()
     if args.fsdp:
         assert all(isinstance(p, DTensor) for p in made.model.parameters())
+    made.evaluate()
     model = made.merged() if adapter else made.whole()
     assert (model is None) == (made.args.process_index > 0)
     tiny.save(model, folder / "model")
