@@ -35,6 +35,7 @@ NO_MASK = torch.empty(1, 1, 0, 0)  # any 4-D mask is handed on as it is
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
 
 _windows: ContextVar[list[int | None] | None] = ContextVar("windows", default=None)  # of a forward's calls
+_layers: ContextVar[slice] = ContextVar("layers", default=slice(None))  # those that a forward runs
 _refused: WeakSet[torch.nn.Module] = WeakSet()
 
 
@@ -244,8 +245,9 @@ def proven(model) -> Iterator[None]:
     """Proof, after a forward, that every layer went through the forest attention, windows named."""
     bare = unwrapped(model)
     config = bare.config.get_text_config()
-    wanted = _attentions(config)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * wanted
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * _attentions(config)
+    kinds = kinds[_layers.get()]
+    wanted = _attentions(config) if config.is_encoder_decoder else len(kinds)
     windows = 0 if getattr(config, "sliding_window", None) is None else kinds.count("sliding_attention")
     seen: list[int | None] = []
     outer = _windows.set(seen)
@@ -258,6 +260,16 @@ def proven(model) -> Iterator[None]:
     named = sum(window is not None for window in seen)
     if named != windows:
         raise ValueError(f"{type(bare).__name__} names its sliding window in {named} of {windows} layers")
+
+
+@contextmanager
+def running_only(layers: slice) -> Iterator[None]:
+    """Inside, :func:`proven` looks for the attention of these layers; the others compute nothing."""
+    outer = _layers.set(layers)
+    try:
+        yield
+    finally:
+        _layers.reset(outer)
 
 
 def unwrapped(model):
