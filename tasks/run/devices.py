@@ -27,7 +27,7 @@ def seed_everything(seed: int) -> None:
 
 
 def use_device(device: str, threads: int):
-    """Set CPU threads and allocator, and return the torch device: `auto` is cuda where there is one, else cpu.
+    """Set CPU threads and allocator, and return the torch device; `auto`: cuda where there is one, else cpu.
 
     Raises:
         ValueError: cuda is asked for and there is none.
