@@ -1,4 +1,4 @@
-"""Prompts and responses in padded tensors, and what a causal model says of each response token.
+"""Prompts and responses in padded tensors, and what a language model says of each response token.
 
 The tensors are padded, the forward is not: a model that serves the forest sees the real tokens only, any
 other model the padded rows; the numbers are the same.
@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tasks.lm.critic import calls_of
 from tasks.lm.forest import Forest, Segment, first_position, has_forest, plant, run_forest
 from tasks.lm.heads import Predictions, predict
+from tasks.lm.seq2seq import is_seq2seq, predict_targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ def read_responses(
     """Log-probability and entropy (nats) of each response token, and its value where the model has them.
 
     Args:
-        model: a causal language model, or one with a value head.
+        model: a language model, causal or with an encoder; or one with a value head.
         sequences: B rows.
         temperature: the logits are divided by it.
         entropy: whether it is wanted.
@@ -199,7 +200,9 @@ def response_logprobs(model, sequences: Sequences, temperature: float) -> Tensor
 
 
 def _predict(causal, sequences: Sequences) -> tuple[Predictions, Tensor]:
-    """A causal model's predictions of the N response tokens, and where in its hidden states they stand."""
+    """A model's predictions of the N response tokens, and where in its hidden states they stand."""
+    if is_seq2seq(causal):
+        return predict_targets(causal, sequences)
     if has_forest(causal):
         forest, places = plant_sequences(sequences)
         return predict(causal, lambda model: run_forest(model, forest), places), places
