@@ -44,11 +44,12 @@ def states_of(model: nn.Module) -> Iterator[list[Tensor]]:
     which T5 scales on their way.
     """
     bare, found = unwrapped(model), []
-    if bare.config.is_encoder_decoder:
-        hook = bare.get_decoder().register_forward_hook(lambda _, inputs, out: found.append(out[0]))
-    else:
+    decoder = bare.get_decoder() if bare.config.is_encoder_decoder else None
+    if decoder is None or decoder.get_output_embeddings() is not None:  # two models coupled: it has the head
         head = bare.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    else:
+        hook = decoder.register_forward_hook(lambda _, inputs, out: found.append(out[0]))
     try:
         yield found
     finally:

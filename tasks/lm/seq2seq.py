@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_outputs import BaseModelOutput
 
 from tasks.lm.critic import states_of
 from tasks.lm.forest import has_forest, unwrapped
@@ -138,7 +139,7 @@ def _padded(model: nn.Module, sequences: Sequences) -> tuple[Run, Tensor]:
         states, is_real = encode(model, sources)
         which = torch.tensor(of, device=states.device)
         return model(
-            encoder_outputs=(_rows_of(states, which),), attention_mask=is_real[which].long(),
+            encoder_outputs=BaseModelOutput(_rows_of(states, which)), attention_mask=is_real[which].long(),
             decoder_input_ids=asking, use_cache=False,
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers.modeling_outputs import BaseModelOutput
 
 from tasks.lm.forest import unwrapped
 from tasks.lm.seq2seq import encode, start_of
@@ -51,7 +52,7 @@ class TargetDecoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token a row, [n] -> logits [n, V]."""
         out = self.model(
-            encoder_outputs=(self.states,), attention_mask=self.is_real.long(),
+            encoder_outputs=BaseModelOutput(self.states), attention_mask=self.is_real.long(),
             decoder_input_ids=tokens[:, None], past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
         self.cache = getattr(out, "past_key_values", None)
