@@ -52,6 +52,12 @@ def laid_out(*given):
     return lay_out(*(given or rows()), tiny.PAD, "cpu")
 
 
+def logits_of_row(model, prompt, response):
+    """[R, V], by the model's own forward."""
+    asking = [model.config.decoder_start_token_id, *response[:-1]]
+    return model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([asking])).logits[0]
+
+
 def alone(wrapped, prompt, response, temperature: float):
     """Log-probabilities, entropies and values of one response, by the definition. Each [R]."""
     model = wrapped.pretrained_model
