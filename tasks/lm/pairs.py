@@ -62,7 +62,7 @@ def plant_pairs(
     """
     of = range(len(sources)) if of is None else of
     if len(of) != len(targets):
-        raise ValueError(f"{len(sources)} sources, but {len(targets)} targets")
+        raise ValueError(f"{len(of)} sources, but {len(targets)} targets")
     empty = [i for i, target in enumerate(targets) if not target]
     if empty:
         raise ValueError(f"target {empty[0]} is empty")

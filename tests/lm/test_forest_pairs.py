@@ -152,7 +152,8 @@ def test_targets_that_share_a_source():
     """By hand: the first and the third ask the first source, which stands in the row once."""
     pairs = plant_pairs([(5, 6), (7,)], [(8, 1), (9,), (3, 4)], 2, of=[0, 1, 0])
     assert pairs.sources.tokens.tolist() == [5, 6, 7] and pairs.targets.tokens.tolist() == [2, 8, 2, 2, 3]
-    seen = pairs.cross.blocks[0].keys.view(3, 2)
-    assert seen[[0, 2]].tolist() == [[0, 1], [0, 1]] and seen[1, 0] == 2
+    (block,) = pairs.cross.blocks
+    assert block.keys.tolist() == [0, 1, 2, 0, 0, 1]  # padding repeats a place, and is not seen
+    assert block.sees[:, 0, 0].tolist() == [[True, True], [True, False], [True, True]]
     with pytest.raises(ValueError, match="1 sources, but 2 targets"):
         plant_pairs([(5,), (6,)], [(8,), (9,)], 2, of=[0])
