@@ -117,8 +117,28 @@ def _bounded(module, args: tuple, keys: dict[str, Any]) -> tuple[tuple, dict[str
     if not isinstance(pairs, Pairs) or keys.get("position_bias") is not None:
         return None
     if module.has_relative_attention_bias:
-        longest = max((pairs.targets if module.is_decoder else pairs.sources).lengths)
-        bias = module.compute_bias(longest, longest)
+        bias = _bias_of(module, pairs)
     else:  # across there is none
         bias = args[0].new_zeros(1, module.n_heads, 1, 1)
     return args, keys | {"position_bias": bias}
+
+
+def _bias_of(attention, pairs: Pairs) -> Tensor:
+    longest = max((pairs.targets if attention.is_decoder else pairs.sources).lengths)
+    return attention.compute_bias(longest, longest)
+
+
+def handed_on(first, hidden: Tensor, mask=None, bias: Tensor | None = None, *_, forest=None, **__) -> tuple:
+    """What a block of T5's decoder gives that computes nothing: its input, and the bias for those above.
+
+    Args:
+        first: the decoder's first block, which has the bias.
+        hidden: [..., T, H].
+        mask: not needed.
+        bias: that came; None: it is made here.
+        forest: the pairs; None: padded rows.
+    """
+    if bias is None:
+        attention, width = first.layer[0].SelfAttention, hidden.shape[-2]
+        bias = attention.compute_bias(width, width) if forest is None else _bias_of(attention, forest)
+    return hidden, bias, None

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +22,11 @@ from tasks.lm.critic import states_of
 from tasks.lm.forest import has_forest, unwrapped
 from tasks.lm.heads import Predictions, check_causal, predict
 from tasks.lm.pairs import plant_pairs, run_pairs
+from tasks.lm.trunk import TrunkStates, given_trunk
 
 if TYPE_CHECKING:
     from tasks.lm.sequences import Sequences
 
-Run = Callable[[nn.Module], Any]  # one forward of a model
 _log = logging.getLogger(__name__)
 
 
@@ -100,24 +101,44 @@ def distinct_of(rows: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], l
     return list(known), of
 
 
-def predict_targets(model: nn.Module, sequences: Sequences) -> tuple[Predictions, Tensor]:
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """B rows as the model reads them: source tokens in one tensor, what the decoder reads in another."""
+
+    run: Callable[[nn.Module, Tensor | None], Any]  # one forward, of these states of the sources where given
+    places: Tensor  # [N] int64, of the decoder's
+    where: Tensor  # [B, S] int64: place of each token, first all of the encoder's, then the decoder's
+    is_read: Tensor  # [B, S] bool
+    shapes: tuple[tuple[int, int], tuple[int, int]]  # rows and columns of both
+
+
+def predict_targets(
+    model: nn.Module, sequences: Sequences, trunk: TrunkStates | None = None
+) -> tuple[Predictions, Tensor, Tensor]:
     """An encoder-decoder's predictions of the N response tokens.
 
     Args:
         model: bare or under PEFT.
         sequences: B rows.
+        trunk: of these rows, what the encoder and the decoder's first blocks make of them.
 
     Returns:
-        The predictions, whose hidden states are what the decoder gives, and the places [N] of these.
+        The predictions, whose hidden states are what the decoder gives; the places [N] of these; and where
+        each token's state stands, [B, S], the encoder's before the decoder's.
     """
-    batch = _packed if has_forest(model) else _padded
-    run, places = batch(model, sequences)
-    with states_of(model) as states:
-        found = predict(model, run, places)
-    return replace(found, hidden=states[-1].flatten(0, -2)), places
+    batch = (_packed if has_forest(model) else _padded)(model, sequences)
+    sources, context = None, nullcontext()
+    if trunk is not None and trunk.depth:
+        sizes = [rows * columns for rows, columns in batch.shapes]
+        parts = trunk.laid(batch.where, batch.is_read, sum(sizes)).split(sizes)
+        sources, states = (part.view(*s, -1) for part, s in zip(parts, batch.shapes, strict=True))
+        context = given_trunk(model, trunk.depth, states)
+    with context, states_of(model) as found:
+        said = predict(model, lambda model: batch.run(model, sources), batch.places)
+    return replace(said, hidden=found[-1].flatten(0, -2)), batch.places, batch.where
 
 
-def _packed(model: nn.Module, sequences: Sequences) -> tuple[Run, Tensor]:
+def _packed(model: nn.Module, sequences: Sequences) -> _Batch:
     """Rows with nothing to predict are left out; of such rows alone, the first is read for nothing."""
     prompts, responses = split(sequences)
     answered = [i for i, response in enumerate(responses) if response]
@@ -125,36 +146,82 @@ def _packed(model: nn.Module, sequences: Sequences) -> tuple[Run, Tensor]:
     targets = [responses[i] for i in answered] or [(0,)]
     device = sequences.tokens.device
     pairs = plant_pairs(sources, targets, start_of(model), of).to(device)
-    places = torch.arange(len(pairs.labels) if answered else 0, device=device)
-    return lambda model: run_pairs(model, pairs), places
+    asked, read = len(pairs.labels), len(pairs.sources.tokens)
+    is_read = sequences.is_real & sequences.is_response.any(1, keepdim=True)
+    starts = zip((pairs.sources.starts[source] for source in of), pairs.targets.starts, strict=True)
+    where = [
+        place
+        for i, (source, target) in zip(answered, starts, strict=False)
+        for first, row in ((source, prompts[i]), (read + target, responses[i]))
+        for place in range(first, first + len(row))
+    ]
+
+    def run(model: nn.Module, states: Tensor | None):
+        given = {} if states is None else {"encoder_outputs": BaseModelOutput(states)}
+        return run_pairs(model, pairs, **given)
+
+    return _Batch(
+        run=run,
+        places=torch.arange(asked if answered else 0, device=device),
+        where=_laid(is_read, where),
+        is_read=is_read,
+        shapes=((1, read), (1, asked)),
+    )
 
 
-def _padded(model: nn.Module, sequences: Sequences) -> tuple[Run, Tensor]:
-    sources, of = distinct_of(split(sequences)[0])
-    rows, columns = sequences.is_response.nonzero(as_tuple=True)
+def _padded(model: nn.Module, sequences: Sequences) -> _Batch:
+    prompts, _ = split(sequences)
+    sources, of = distinct_of(prompts)
+    device, width = sequences.tokens.device, max(map(len, sources))
     start = torch.full_like(sequences.tokens[:, :1], start_of(model))
     asking = torch.cat([start, sequences.responses[:, :-1]], 1)
+    read, each = len(sources) * width, asking.shape[1]
+    counts = sequences.is_response.sum(1).tolist()
+    where = [
+        place
+        for row, (source, count) in enumerate(zip(of, counts, strict=True))
+        for first, n in ((source * width, len(prompts[row])), (read + row * each, count))
+        for place in range(first, first + n)
+    ]
 
-    def run(model: nn.Module):
-        states, is_real = encode(model, sources)
-        which = torch.tensor(of, device=states.device)
+    def run(model: nn.Module, states: Tensor | None):
+        is_real, which = _is_real(sources, device), torch.tensor(of, device=device)
+        if states is None:
+            states, _ = encode(model, sources)
         return model(
             encoder_outputs=BaseModelOutput(_rows_of(states, which)), attention_mask=is_real[which].long(),
             decoder_input_ids=asking, use_cache=False,
         )  # fmt: skip
 
-    return run, rows * asking.shape[1] + columns
+    rows, columns = sequences.is_response.nonzero(as_tuple=True)
+    return _Batch(
+        run=run,
+        places=rows * each + columns,
+        where=_laid(sequences.is_real, where),
+        is_read=sequences.is_real,
+        shapes=((len(sources), width), tuple(asking.shape)),
+    )
+
+
+def _laid(mask: Tensor, places: list[int]) -> Tensor:
+    """Places of the true ones of a mask [B, S], row by row -> [B, S]; 0 elsewhere."""
+    found = torch.zeros(mask.shape, dtype=torch.long, device=mask.device)
+    return found.masked_scatter(mask, torch.tensor(places, dtype=torch.long, device=mask.device))
+
+
+def _is_real(sources: Sequence[Sequence[int]], device) -> Tensor:
+    lengths = torch.tensor([len(source) for source in sources], device=device)
+    return torch.arange(int(lengths.max()), device=device) < lengths[:, None]
 
 
 def encode(model: nn.Module, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """What the encoder makes of d sources: states [d, U, H], padded on the right, and is_real [d, U]."""
     device = next(model.parameters()).device
-    lengths = [len(source) for source in sources]
-    is_real = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    is_real = _is_real(sources, device)
     if has_forest(model):  # the decoder reads one token of each, for the proof that all layers were served
         pairs = plant_pairs(sources, [(0,)] * len(sources), start_of(model)).to(device)
         states = run_pairs(model, pairs).encoder_last_hidden_state[0]
-        return pad_sequence(states.split(lengths), batch_first=True), is_real
+        return pad_sequence(states.split([len(source) for source in sources]), batch_first=True), is_real
     pad = getattr(unwrapped(model).config, "pad_token_id", None) or 0
     tokens = torch.full(is_real.shape, pad, device=device)
     tokens[is_real] = torch.tensor([token for source in sources for token in source], device=device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from params.schema import PPOConfig
 from tasks.lm.checkpointing import recompute_blocks
 from tasks.lm.forest import serve_forest, unwrapped
+from tasks.lm.freezing import blocks_of, freeze_layers
 from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
 from tasks.lm.masked import alone, whiten
 from tasks.lm.precision import autocast
@@ -23,6 +24,7 @@ from tasks.lm.reference import create_reference_model
 from tasks.lm.room import Room, speaking_room
 from tasks.lm.seq2seq import is_seq2seq, warn_of_start
 from tasks.lm.sequences import lay_out, read_responses
+from tasks.lm.trunk import Hydra
 from tasks.lm.value_head import ModelWithValueHead
 from tasks.ppo.advantages import gae
 from tasks.ppo.asking import Asked, asked_of
@@ -55,15 +57,19 @@ class PPOTrainer:
         dataset: rows for `dataloader`, which gives batches of `batch_size`, shuffled, without a remainder.
         optimizer: over the model's parameters; None: Adam (arXiv 1412.6980).
         data_collator: of `dataloader`.
-        num_shared_layers: without a `ref_model`: first layers that are frozen and that it shares in memory.
+        num_shared_layers: without a `ref_model`: first layers that are frozen and that it shares in memory;
+            `config.num_layers_unfrozen` counts from the other end.
         lr_scheduler: of `optimizer`, moved once per step.
         seed: of sampling and minibatches where the configuration has none.
         device: for the models; None: what accelerate chooses.
         microbatch_rows: most rows in one forward; caps memory, changes nothing else.
+        trunk_megabytes: most memory for what frozen first layers make of a rollout (H numbers for each
+            token), which is kept for all passes over it; a rollout that needs more is read anew in each.
 
     Raises:
         ValueError: a model of another kind, a tokenizer without eos or pad, a reference of another
-            vocabulary, batch sizes that the processes do not divide, a tracker that is not installed.
+            vocabulary, batch sizes that the processes do not divide, a tracker that is not installed, more
+            layers unfrozen or shared than there are.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class PPOTrainer:
         seed: int = 0,
         device: torch.device | str | None = None,
         microbatch_rows: int = 64,
+        trunk_megabytes: int = 2048,
     ) -> None:
         self.config = config = config or PPOConfig()
         _check_models(model, ref_model, tokenizer)
@@ -99,6 +106,13 @@ class PPOTrainer:
         for served in (self.model, self.ref_model):
             if served is not None:
                 serve_forest(_causal(served))
+        branch = self.model.v_head.branch
+        self.hydra = Hydra.of(
+            _causal(self.model),
+            None if self.ref_model is None else _causal(self.ref_model),
+            0 if branch is None else len(branch.blocks),
+            trunk_megabytes * 2**20,
+        )
         self.seed = config.seed if config.seed is not None else seed
         self.microbatch_rows, self.updates, self.draws, self.returns = microbatch_rows, 0, 0, 0
         self.kl_ctl = KLController(
@@ -221,8 +235,8 @@ class PPOTrainer:
             flat = [flag for row in is_action for flag in row]
             mask = mask.clone().masked_scatter(mask, torch.tensor(flat, dtype=torch.bool, device=self.device))
         return observe(
-            self.model, self.ref_model, self.reference, sequences, mask,
-            self.config.temperature, self.config.kl_penalty, self.microbatch_rows, self._precision,
+            self.model, self.ref_model, self.reference, sequences, mask, self.config.temperature,
+            self.config.kl_penalty, self.microbatch_rows, self._precision, self.hydra,
         )  # fmt: skip
 
     @contextmanager
@@ -376,7 +390,7 @@ class PPOTrainer:
         is_warming = self.updates < config.critic_warmup_updates
         with self._precision(), recompute_blocks(self.model, config.gradient_checkpointing):
             logprobs, entropy, values = read_responses(
-                self.model, seen.sequences, config.temperature, freeze_trunk=is_warming
+                self.model, seen.sequences, config.temperature, freeze_trunk=is_warming, trunk=seen.trunk
             )
             ratio = ratio_of(logprobs, seen.logprobs, mask)
             policy, is_clipped = policy_loss(ratio, advantages, config.cliprange)
@@ -531,11 +545,21 @@ class PPOTrainer:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
 
     def _reference_of(self, ref_model, num_shared_layers: int | None):
+        """The reference; layers that stay what they are get frozen in the policy."""
+        causal, unfrozen = _causal(self.model), self.config.num_layers_unfrozen
+        if unfrozen is not None and num_shared_layers is None:
+            num_shared_layers = len(blocks_of(causal)) - unfrozen
+            if num_shared_layers < 0:
+                raise ValueError(
+                    f"ppo.num_layers_unfrozen is {unfrozen}; the model has {len(blocks_of(causal))} blocks"
+                )
         if ref_model is not None:
-            if num_shared_layers is not None:
+            if unfrozen is None and num_shared_layers is not None:
                 _log.warning("num_shared_layers has no effect beside a ref_model: the two share nothing")
+            freeze_layers(causal, unfrozen)
             return ref_model.to(self.device).eval()
         if self.model.is_peft_model:
+            freeze_layers(causal, unfrozen)
             return None
         return create_reference_model(self.model, num_shared_layers)
 

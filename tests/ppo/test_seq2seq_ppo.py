@@ -8,7 +8,7 @@ import made_trainers
 import pytest
 import tiny
 import torch
-from made_trainers import is_still, weights
+from made_trainers import far_weights, is_still, weights
 from peft import LoraConfig
 from seq2seq_models import close, laid_out, model_of, valued
 from torch.nn.utils.rnn import pad_sequence
@@ -272,6 +272,28 @@ def test_layers_that_policy_and_reference_share(name):
     assert not any(".block.0." in n or ".layers.0." in n for n in moved) and stats["objective/kl"] != 0
     found = read_responses(made.ref_model, sequences, 1.0)[0]
     assert close(found, read_responses(model_of(name), sequences, 1.0)[0])
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_a_frozen_trunk_is_read_once_and_changes_nothing(name, k):
+    """Encoder and first blocks, remembered or computed in each pass: the same updates; KL starts at 0."""
+    ends = []
+    for megabytes in (64, 0):
+        policy = valued(model_of(name))
+        optimizer = torch.optim.SGD(policy.parameters(), 0.01)  # Adam would step along the rounding of zeros
+        given = {"model": policy, "ref_model": None, "optimizer": optimizer, "trunk_megabytes": megabytes}
+        made = trainer(name, given=given, num_layers_unfrozen=k, kl_penalty="full")
+        depth = {"bart": 3}.get(name, 2) - k
+        assert made.hydra.depth == depth and made.hydra.is_shared is (depth > 0)
+        seen = made.observe(*batch()[:2])
+        assert seen.kl_nats().abs().max() < 1e-5 and (seen.trunk is not None) is (megabytes * depth > 0)
+        start = weights(made)
+        for seed in (0, 1):
+            stats = made.step(*batch(seed))
+        ends.append((weights(made), [stats[key] for key in ("ppo/loss/total", "objective/kl")]))
+    assert far_weights(ends[0][0], ends[1][0], start) <= 1e-4
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-4, abs=1e-6)
 
 
 def test_a_resumed_trainer_makes_the_same_step():
