@@ -19,7 +19,7 @@ from tasks.lm.forest import RELATIVE, running_only, unwrapped
 from tasks.lm.freezing import blocks_of, trunk_of
 from tasks.lm.pairs import handed_on
 
-WITH_ENCODER = (*RELATIVE, "bart", "m2m_100", "marian", "mbart", "pegasus")  # known to hand states on so
+WITH_ENCODER = (*RELATIVE, "bart", "blenderbot", "m2m_100", "marian", "mbart", "pegasus")  # tried
 WITH_WEIGHTS = ("bloom", "gptj")  # whose blocks give their attention's weights as well
 
 
