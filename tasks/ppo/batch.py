@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.lm.room import Room
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -49,7 +51,7 @@ def check_tokens(
 
 
 def check_batch(
-    queries: Sequence, responses: Sequence, scores, masks, size: int, vocabulary: int, room: int | None
+    queries: Sequence, responses: Sequence, scores, masks, size: int, vocabulary: int, room: Room
 ) -> Batch:
     """The arguments of `PPOTrainer.step`.
 
@@ -60,7 +62,7 @@ def check_batch(
         masks: None, or B rows, as long as the responses: 1 where the policy chose the token.
         size: B.
         vocabulary: of the model.
-        room: tokens that the model has positions for.
+        room: that the model has for a prompt and its response.
 
     Raises:
         ValueError: shapes that do not match, scores that are not finite, rows as :func:`check_tokens`.
@@ -78,7 +80,7 @@ def check_batch(
     queries = check_tokens("queries", queries, vocabulary)
     responses = check_tokens("responses", responses, vocabulary, may_be_empty=True)
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
-        if room is not None and len(query) + len(response) > room:
+        if not room.holds(len(query), len(response)):
             raise ValueError(
                 f"queries[{i}] and responses[{i}] have {len(query)} + {len(response)} tokens; the model has "
                 f"room for {room}"

@@ -90,8 +90,7 @@ def _tokens(trainer: PPOTrainer, name: str, given: Sequence | None, is_text: boo
     if given is None:
         return []
     ids = [trainer.tokenizer(text)["input_ids"] for text in given] if is_text else list(given)
-    room = trainer.room()
-    most = None if room is None else room - trainer.config.response_tokens
+    most = trainer.room().of_prompt(trainer.config.response_tokens)
     return check_tokens(name, ids, trainer.vocabulary(), room=most)
 
 

@@ -21,10 +21,11 @@ from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
 from tasks.lm.masked import alone, whiten
 from tasks.lm.precision import autocast
 from tasks.lm.reference import create_reference_model
-from tasks.lm.scoring import room_of
+from tasks.lm.room import Room, speaking_room
+from tasks.lm.seq2seq import is_seq2seq, warn_of_start
 from tasks.lm.sequences import lay_out, read_responses
 from tasks.lm.trunk import Hydra
-from tasks.lm.value_head import AutoModelForCausalLMWithValueHead
+from tasks.lm.value_head import ModelWithValueHead
 from tasks.ppo.advantages import gae
 from tasks.ppo.asking import Asked, asked_of
 from tasks.ppo.batch import Batch, check_batch, check_tokens
@@ -49,9 +50,9 @@ class PPOTrainer:
 
     Args:
         config: learning rate, batch sizes, KL price and clip ranges.
-        model: AutoModelForCausalLMWithValueHead, trained in place.
-        ref_model: a causal language model, with or without a value head; KL is measured to it. None: the
-            model without its adapter where it has one, else a frozen copy of it.
+        model: AutoModelForCausalLMWithValueHead or AutoModelForSeq2SeqLMWithValueHead, trained in place.
+        ref_model: a language model of the same kind, with or without a value head; KL is measured to it.
+            None: the model without its adapter where it has one, else a frozen copy of it.
         tokenizer: gives eos and pad, and is saved with the model.
         dataset: rows for `dataloader`, which gives batches of `batch_size`, shuffled, without a remainder.
         optimizer: over the model's parameters; None: Adam (arXiv 1412.6980).
@@ -74,7 +75,7 @@ class PPOTrainer:
     def __init__(
         self,
         config: PPOConfig | None = None,
-        model: AutoModelForCausalLMWithValueHead | None = None,
+        model: ModelWithValueHead | None = None,
         ref_model: nn.Module | None = None,
         tokenizer: Any = None,
         dataset: Any = None,
@@ -177,7 +178,7 @@ class PPOTrainer:
             query_tensor: one prompt [P], or a list of them.
             length_sampler: gives the most new tokens of each row in turn.
             batch_size: most rows sampled side by side; None: 512. It changes no response.
-            return_prompt: whether the prompt stands before its response.
+            return_prompt: whether the prompt stands before its response; never where an encoder reads it.
             generate_ref_response: the reference's responses as well, of the same random numbers.
             generation_kwargs: as in transformers: `max_new_tokens`, `min_new_tokens`, `min_length`,
                 `do_sample` (True unless told otherwise), `temperature` (that of the configuration), `top_k`,
@@ -198,7 +199,7 @@ class PPOTrainer:
         asked = self._asked(generation_kwargs, len(prompts), lengths)
         room = self.room()
         for i, (prompt, most) in enumerate(zip(prompts, asked.max_tokens, strict=True)):
-            if room is not None and len(prompt) + most > room:
+            if not room.holds(len(prompt), most):
                 raise ValueError(
                     f"query_tensor[{i}] has {len(prompt)} tokens and may get {most} more; the model has "
                     f"room for {room}"
@@ -217,7 +218,8 @@ class PPOTrainer:
 
     def _generated(self, prompts, seeds, rows, model, asked: Asked, return_prompt: bool) -> list[Tensor]:
         responses = self.sample(prompts, seeds, rows, model, asked).lists()
-        whole = [p + r if return_prompt else r for p, r in zip(prompts, responses, strict=True)]
+        with_prompt = return_prompt and not is_seq2seq(_causal(self.model))
+        whole = [p + r if with_prompt else r for p, r in zip(prompts, responses, strict=True)]
         return [torch.tensor(ids, dtype=torch.long, device=self.device) for ids in whole]
 
     def observe(
@@ -275,6 +277,7 @@ class PPOTrainer:
         batch = check_batch(
             queries, responses, scores, response_masks, self.batch_rows, self.vocabulary(), room
         )
+        warn_of_start(_causal(self.model), batch.responses)
         seen = self.observe(batch.queries, batch.responses, batch.is_action)
         clock.lap("forward_pass")
         paid, price = self.shape(batch), self.kl_ctl.value
@@ -437,9 +440,9 @@ class PPOTrainer:
         """Tokens the model can say."""
         return _vocabulary_of(self.model)
 
-    def room(self) -> int | None:
-        """Most tokens of prompt and response together; None: no bound."""
-        return room_of(_causal(self.model))
+    def room(self) -> Room:
+        """For a prompt and its response."""
+        return speaking_room(_causal(self.model))
 
     def mean(self, values: Sequence[float]) -> float:
         """Mean over all processes."""
@@ -593,8 +596,11 @@ def _vocabulary_of(model: nn.Module) -> int:
 
 
 def _check_models(model, ref_model, tokenizer) -> None:
-    if not isinstance(model, AutoModelForCausalLMWithValueHead):
-        raise ValueError(f"model must be an AutoModelForCausalLMWithValueHead, not {type(model).__name__}")
+    if not isinstance(model, ModelWithValueHead):
+        raise ValueError(
+            "model must be an AutoModelForCausalLMWithValueHead or AutoModelForSeq2SeqLMWithValueHead, not "
+            f"{type(model).__name__}"
+        )
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(tokenizer, name, None) is None:
             raise ValueError(f"tokenizer: it has no {name}")
@@ -602,6 +608,9 @@ def _check_models(model, ref_model, tokenizer) -> None:
         return
     if ref_model is model:
         raise ValueError("ref_model is the model itself, which would move with it; leave it out for a copy")
+    names = [type(unwrapped(_causal(each))).__name__ for each in (model, ref_model)]
+    if is_seq2seq(_causal(model)) != is_seq2seq(_causal(ref_model)):
+        raise ValueError(f"ref_model is a {names[1]}, the model a {names[0]}; one of both has an encoder")
     own, other = _vocabulary_of(model), _vocabulary_of(ref_model)
     if own != other:
         raise ValueError(f"ref_model has a vocabulary of {other} tokens, the model one of {own}")

@@ -296,9 +296,7 @@ def test_what_the_constructor_refuses(given, message):
 
 
 def test_what_the_constructor_refuses_of_models():
-    with pytest.raises(
-        ValueError, match="model must be an AutoModelForCausalLMWithValueHead, not LlamaForCausalLM"
-    ):
+    with pytest.raises(ValueError, match=r"model must be an AutoModelForCausalLM.*, not LlamaForCausalLM"):
         PPOTrainer(PPOConfig(), tiny.causal(), None, tiny.SPECIAL)
     model = AutoModelForCausalLMWithValueHead(tiny.causal())
     with pytest.raises(ValueError, match="ref_model is the model itself"):
