@@ -22,7 +22,7 @@ class LengthSampler:
     def __init__(self, min_value: int, max_value: int, seed: int = 0) -> None:
         if not 1 <= min_value <= max_value:
             raise ValueError(
-                f"LengthSampler: min_value {min_value}, max_value {max_value}; both are of tokens, at least one"
+                f"LengthSampler: min_value {min_value}, max_value {max_value}; wanted is 1 ≤ min ≤ max"
             )
         self.min_value, self.max_value = min_value, max_value
         self._draw = random.Random(seed)
