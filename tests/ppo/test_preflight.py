@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import tasks.lm.sequences
+import tasks.ppo.preflight
 import tasks.ppo.trainer
 from params.schema import PPOConfig
 from tasks.lm import AutoModelForCausalLMWithValueHead
@@ -87,6 +88,25 @@ def test_dropout_in_the_update_is_found(kind, dtype):
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
+@pytest.mark.parametrize(("mini", "micro", "wanted"), [(4, 2, 2), (4, 64, 4), (32, 64, PROBE)])
+def test_it_reads_as_an_update_reads(monkeypatch, mini, micro, wanted):
+    """In as many rows, in its precision, with its checkpoints; rows alone are read without autocast."""
+    keys = {"dtype": "bfloat16", "gradient_checkpointing": True}
+    trainer, rows = made(batch_size=32, mini_batch_size=mini, **keys), {True: [], False: []}
+    trainer.microbatch_rows, honest = micro, tasks.ppo.preflight.read_responses
+
+    def noted(model, sequences, temperature):
+        is_update = torch.is_grad_enabled()
+        rows[is_update].append(len(sequences.tokens))
+        assert torch.is_autocast_enabled("cpu") is is_update
+        assert model.pretrained_model.model.layers[0].gradient_checkpointing is is_update
+        return honest(model, sequences, temperature)
+
+    monkeypatch.setattr(tasks.ppo.preflight, "read_responses", noted)
+    preflight(trainer, PROMPTS, varied)
+    assert rows[True] == [wanted] and sum(rows[False]) == PROBE and max(rows[False]) == min(micro, PROBE)
+
+
 def test_a_model_left_in_training_mode_is_found():
     trainer = made("gpt2")
     trainer.model.train()
@@ -112,13 +132,20 @@ def test_another_reference_is_found_before_the_first_update_alone(kind, dtype):
         ("bfloat16", 1.2, True),
     ],
 )
-def test_how_small_a_difference_is_rounding(dtype, factor, is_found):
+@pytest.mark.parametrize("place", ["reference", "update"])
+def test_how_small_a_difference_is_rounding(place, dtype, factor, is_found):
     """The last norm scales the logits: half a thousandth of them is half a thousandth of a nat."""
     reference = tiny.causal(**DROPOUT["llama"])
-    reference.model.norm.weight.data.mul_(factor)
     trainer = made(reference=reference, dtype=dtype)
+    if place == "reference":
+        reference.model.norm.weight.data.mul_(factor)
+    else:
+        trainer.model.pretrained_model.model.norm.register_forward_hook(
+            lambda module, inputs, out: out * factor if torch.is_grad_enabled() else out
+        )
     if is_found:
-        assert "KL(policy, reference) is not 0" in refused(trainer)
+        words = "KL(policy, reference) is not 0" if place == "reference" else "first minibatch is not 1"
+        assert words in refused(trainer)
     else:
         preflight(trainer, PROMPTS, varied)
 
