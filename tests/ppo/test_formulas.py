@@ -322,6 +322,7 @@ def test_a_step_that_is_not_finite_or_far_off_is_refused(caplog):
 def test_the_guard_remembers_the_last_norms_and_starts_from_enough():
     guard = SpikeGuard(ratio_threshold=10.0, spike_factor=5.0, patience=3)
     assert not guard.allows(0.1, math.nan, 1.0), "a ratio that is no number is no step"
+    assert not guard.allows(0.1, 1.0, math.inf), "nor is this one, before there is anything usual"
     assert all(guard.allows(0.1, 1.0, float(norm)) for norm in range(100, 300))
     assert list(guard.norms) == [float(norm) for norm in range(236, 300)]
     other = SpikeGuard(10.0, 5.0, 3)
