@@ -229,7 +229,7 @@ def test_a_file_scores_token_ids_by_their_text(tmp_path):
         ("s.jsonl", '{"prompt": "a", "response": "b", "score": [1]}', r"the score \[1\] is no finite"),
         ("s.jsonl", '{"prompt": "a", "response": "b", "score": 1%s}' % (400 * "0"), "the score 10+ is no"),
         ("s.jsonl", '{"prompt": ["a"], "response": "b", "score": 1}', "line 1: prompt and response must be"),
-        ("s.jsonl", '{"prompt": "a", "response": "b", "score": Infinity}', "the score inf is no finite number"),
+        ("s.jsonl", '{"prompt": "a", "response": "b", "score": Infinity}', "the score inf is no finite"),
         ("s.csv", "prompt,response,score\na,b," + "x" * 99, "the score 'x{59} is no finite"),
         ("s.jsonl", "", "holds no scores"),
         ("s.csv", "prompt,response,score\na,b,1\na,c", r"s\.csv, line 3: a row needs"),
