@@ -92,6 +92,8 @@ class PPOTrainer:
         self.config = config = PPOConfig() if config is None else config
         if not isinstance(config, PPOConfig):
             raise ValueError(f"config must be a PPOConfig, not {type(config).__name__}")
+        if microbatch_rows < 1:
+            raise ValueError(f"microbatch_rows is {microbatch_rows}; a forward takes at least one row")
         _check_models(model, ref_model, tokenizer)
         _check_optimizer(optimizer, model)
         check_tracker(config.log_with)
@@ -615,7 +617,7 @@ def _check_models(model, ref_model, tokenizer) -> None:
         return
     other = unwrapped(_causal(ref_model)) if isinstance(ref_model, nn.Module) else None
     if getattr(other, "get_output_embeddings", lambda: None)() is None:
-        raise ValueError(f"ref_model must be a causal language model, not {type(ref_model).__name__}")
+        raise ValueError(f"ref_model must be a language model, not {type(ref_model).__name__}")
     if _causal(ref_model) is _causal(model):
         raise ValueError("ref_model is the model itself, which would move with it; leave it out for a copy")
     names = [type(unwrapped(_causal(each))).__name__ for each in (model, ref_model)]

@@ -305,9 +305,9 @@ def test_a_dataset_is_served_in_whole_batches():
             {"ref_model": tiny.causal(vocab_size=40)},
             "ref_model has a vocabulary of 40 tokens, the model one of 32",
         ),
-        ({"ref_model": "gpt2"}, "ref_model must be a causal language model, not str"),
-        ({"ref_model": tiny.scorer()}, "must be a causal language model, not LlamaForSequenceClassification"),
-        ({"ref_model": torch.nn.Linear(1, 1)}, "must be a causal language model, not Linear"),
+        ({"ref_model": "gpt2"}, "ref_model must be a language model, not str"),
+        ({"ref_model": tiny.scorer()}, "must be a language model, not LlamaForSequenceClassification"),
+        ({"ref_model": torch.nn.Linear(1, 1)}, "must be a language model, not Linear"),
         (
             {"optimizer": torch.optim.SGD(tiny.causal().parameters())},
             "optimizer holds none of the model's parameters",
@@ -321,6 +321,8 @@ def test_what_the_constructor_refuses(given, message):
 
 
 def test_what_the_constructor_refuses_of_models():
+    with pytest.raises(ValueError, match="microbatch_rows is 0; a forward takes at least one row"):
+        trainer(microbatch_rows=0)
     with pytest.raises(ValueError, match=r"model must be an AutoModelForCausalLM.*, not LlamaForCausalLM"):
         PPOTrainer(PPOConfig(), tiny.causal(), None, tiny.SPECIAL)
     model = AutoModelForCausalLMWithValueHead(tiny.causal())
