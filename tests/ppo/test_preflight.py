@@ -99,7 +99,7 @@ def test_it_reads_as_an_update_reads(monkeypatch, mini, micro, wanted):
         is_update = torch.is_grad_enabled()
         rows[is_update].append(len(sequences.tokens))
         assert torch.is_autocast_enabled("cpu") is is_update
-        assert model.pretrained_model.model.layers[0].gradient_checkpointing is is_update
+        assert ("forward" in vars(model.pretrained_model.model.layers[0])) is is_update  # runs again
         return honest(model, sequences, temperature)
 
     monkeypatch.setattr(tasks.ppo.preflight, "read_responses", noted)
