@@ -50,6 +50,9 @@ class MachineParams(Section):
     )
     microbatch_rows: int = Field(64, ge=1, description="most sequences in one forward of the other stages")
     decode_rows: int = Field(512, ge=1, description="most sequences that are sampled side by side")
+    trunk_megabytes: int = Field(
+        2048, ge=0, description="most memory for what ppo's frozen layers make of a rollout; more: not kept"
+    )
     checkpoint_steps: int = Field(
         100, ge=1, description="optimizer steps of sft and reward between two checkpoints"
     )
@@ -271,6 +274,12 @@ class PPOConfig(Section):
         8, ge=1, description="skipped in a row; then the last good weights return, at half the learning rate"
     )
     critic_warmup_updates: int = Field(0, ge=0, description="first updates, which train the value head alone")
+    num_layers_unfrozen: int | None = Field(
+        None,
+        ge=0,
+        description="last blocks that are trained; what is below runs once per rollout, for the reference "
+        "too; 0: final norm and head alone; null: all",
+    )
     num_value_layers_unfrozen: int = Field(
         0, ge=0, description="last blocks that the value head has for itself; 0: it shares the policy's"
     )

@@ -19,7 +19,8 @@ def add_adapter(model: nn.Module, rank: int = 8, alpha: float = 16.0, config=Non
     """A peft model whose adapter is trainable, and with it the score head of a classification model, in full.
 
     Args:
-        model: a causal or sequence-classification model; it is changed in place.
+        model: a language model, causal or with an encoder, or one of sequence classification; it is changed
+            in place.
         rank: of LoRA (arXiv 2106.09685) on all linear layers but the head.
         alpha: LoRA's outputs are multiplied by alpha / rank.
         config: a peft configuration instead of rank and alpha; its task type becomes the model's, for of
@@ -40,7 +41,8 @@ def add_adapter(model: nn.Module, rank: int = 8, alpha: float = 16.0, config=Non
         raise ValueError(f"peft_config: {type(config).__name__} adds virtual tokens, which no forest serves")
     config = deepcopy(config)  # peft writes into it
     has_head = any(isinstance(getattr(model, name, None), nn.Module) for name in HEADS)
-    config.task_type = TaskType.SEQ_CLS if has_head else TaskType.CAUSAL_LM
+    speaks = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+    config.task_type = TaskType.SEQ_CLS if has_head else speaks
     return get_peft_model(model, config)
 
 
@@ -86,5 +88,9 @@ def _outputs(model: nn.Module, documents: Sequence[Sequence[int]]) -> Tensor:
     """Logits of the documents one by one, without padding, flattened to [N]."""
     model.eval()
     device = next(model.parameters()).device
-    logits = [model(input_ids=torch.tensor([list(ids)], device=device)).logits for ids in documents]
+    rows = [torch.tensor([list(ids)], device=device) for ids in documents]
+    if model.config.is_encoder_decoder:
+        logits = [model(input_ids=ids, decoder_input_ids=ids).logits for ids in rows]
+    else:
+        logits = [model(input_ids=ids).logits for ids in rows]
     return torch.cat([each.flatten().double() for each in logits])

@@ -35,6 +35,7 @@ NO_MASK = torch.empty(1, 1, 0, 0)  # any 4-D mask is handed on as it is
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
 
 _windows: ContextVar[list[int | None] | None] = ContextVar("windows", default=None)  # of a forward's calls
+_layers: ContextVar[slice] = ContextVar("layers", default=slice(None))  # those that a forward runs
 _refused: WeakSet[torch.nn.Module] = WeakSet()
 
 
@@ -243,9 +244,9 @@ def run_forest(model, forest: Forest, **keys):
 def proven(model) -> Iterator[None]:
     """Proof, after a forward, that every layer went through the forest attention, windows named."""
     bare = unwrapped(model)
-    config = bare.config.get_text_config()
-    wanted = _attentions(config)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * wanted
+    config, layers = bare.config.get_text_config(), _layers.get()
+    kinds = (getattr(config, "layer_types", None) or ["sliding_attention"] * _attentions(config))[layers]
+    wanted = _attentions(config, layers) if config.is_encoder_decoder else len(kinds)
     windows = 0 if getattr(config, "sliding_window", None) is None else kinds.count("sliding_attention")
     seen: list[int | None] = []
     outer = _windows.set(seen)
@@ -258,6 +259,16 @@ def proven(model) -> Iterator[None]:
     named = sum(window is not None for window in seen)
     if named != windows:
         raise ValueError(f"{type(bare).__name__} names its sliding window in {named} of {windows} layers")
+
+
+@contextmanager
+def running_only(layers: slice) -> Iterator[None]:
+    """Inside, :func:`proven` looks for the attention of these layers; the others compute nothing."""
+    outer = _layers.set(layers)
+    try:
+        yield
+    finally:
+        _layers.reset(outer)
 
 
 def unwrapped(model):
@@ -273,7 +284,11 @@ def first_position(model) -> int:
     return 0 if padding is None else padding + 1
 
 
-def _attentions(config) -> int:
-    """Calls of one forward: one a layer, and in a decoder that has an encoder one more."""
-    own = config.num_hidden_layers
-    return own + 2 * config.num_decoder_layers if config.is_encoder_decoder else own
+def _attentions(config, layers: slice = slice(None)) -> int:
+    """Calls of one forward: one a layer; in a decoder that has an encoder two, and one a layer of that.
+
+    Where but some of such a decoder's layers run, the encoder runs with the first.
+    """
+    if not config.is_encoder_decoder:
+        return config.num_hidden_layers
+    return 2 * len(range(config.num_decoder_layers)[layers]) + config.num_hidden_layers * (not layers.start)

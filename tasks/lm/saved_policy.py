@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,20 @@ def find_file(
 
 
 def load_policy(
-    base: str | Path, is_trainable: bool = True, *, revision: str = "main", token=None, **keys: Any
+    base: str | Path,
+    is_trainable: bool = True,
+    *,
+    load: Callable = load_causal,
+    revision: str = "main",
+    token=None,
+    **keys: Any,
 ):
     """The language model of a folder or of the Hub; under its adapter, where one is what is there.
 
     Args:
-        base: holds a causal language model, or an adapter whose configuration names its model.
+        base: holds a language model, or an adapter whose configuration names its model.
         is_trainable: whether the adapter is to be trained further.
+        load: of :mod:`tasks.lm.loading`, for models of the wanted kind.
         revision: on the Hub, of `base`.
         token: for the Hub.
         keys: for transformers' `from_pretrained`.
@@ -54,7 +62,7 @@ def load_policy(
     if keys.pop("trust_remote_code", False):
         raise ValueError("trust_remote_code: code that comes with a model is never run")
     if find_file(base, "adapter_config.json", revision, token) is None:
-        return load_causal(base, revision, "base", token=token, **keys)
+        return load(base, revision, "base", token=token, **keys)
     from peft import PeftConfig, PeftModel
 
     weights = find_file(base, "adapter_model.safetensors", revision, token)
@@ -64,7 +72,7 @@ def load_policy(
     if not config.base_model_name_or_path:
         raise ValueError(f"base: the adapter in {base} names no base model")
     asked = config.base_model_name_or_path, config.revision or "main", "base"
-    model = load_causal(*asked, token=token, **keys)
+    model = load(*asked, token=token, **keys)
     return PeftModel.from_pretrained(model, str(weights.parent), is_trainable=is_trainable)
 
 

@@ -1,4 +1,4 @@
-"""Prompts and responses in padded tensors, and what a causal model says of each response token.
+"""Prompts and responses in padded tensors, and what a language model says of each response token.
 
 The tensors are padded, the forward is not: a model that serves the forest sees the real tokens only, any
 other model the padded rows; the numbers are the same.
@@ -6,9 +6,10 @@ other model the padded rows; the numbers are the same.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -18,6 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tasks.lm.critic import calls_of
 from tasks.lm.forest import Forest, Segment, first_position, has_forest, plant, run_forest
 from tasks.lm.heads import Predictions, predict
+from tasks.lm.seq2seq import is_seq2seq, predict_targets
+from tasks.lm.trunk import TrunkStates, encoder_states, given_trunk, shares_trunk, trunk_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +92,12 @@ def lay_out(
     return Sequences(tokens.to(device), is_real.to(device), real_right.to(device))
 
 
-def plant_sequences(sequences: Sequences) -> tuple[Forest, Tensor]:
-    """The real tokens as a forest, and the places [N] that predict the N real response tokens.
+def plant_sequences(sequences: Sequences) -> tuple[Forest, Tensor, Tensor]:
+    """The real tokens as a forest, the places [N] that predict the N real response tokens, and all places.
 
     A row is a root; rows of one prompt share it as their root, and their responses are its children. The
-    places are listed row by row, as `tokens[is_response]` lists the tokens.
+    places are listed row by row, as `tokens[is_response]` lists the tokens; all places are [B, S], 0 at
+    padding.
     """
     whole, is_real = sequences.tokens.cpu(), sequences.is_real.cpu()
     rows = [row[keep].tolist() for row, keep in zip(whole, is_real, strict=True)]
@@ -112,13 +116,17 @@ def plant_sequences(sequences: Sequences) -> tuple[Forest, Tensor]:
         homes.append((roots[prompt], len(segments)))
         if n:
             segments.append(Segment(row[len(prompt) :], roots[prompt]))
-    forest, places = plant(segments), []
+    forest, places, everywhere = plant(segments), [], []
     for (root, home), prompt, n in zip(homes, prompts, answered, strict=True):
+        start = forest.starts[root]
+        everywhere += range(start, start + len(prompt))
         if n:
             first = forest.starts[home] + (len(prompt) if home == root else 0)
-            places += [forest.starts[root] + len(prompt) - 1, *range(first, first + n - 1)]
+            places += [start + len(prompt) - 1, *range(first, first + n - 1)]
+            everywhere += range(first, first + n)
     device = sequences.tokens.device
-    return forest.to(device), torch.tensor(places, dtype=torch.long, device=device)
+    where = torch.zeros_like(whole).masked_scatter(is_real, torch.tensor(everywhere))
+    return forest.to(device), torch.tensor(places, dtype=torch.long, device=device), where.to(device)
 
 
 def pad_forest(forest: Forest) -> tuple[Tensor, Tensor]:
@@ -142,16 +150,23 @@ def pad_forest(forest: Forest) -> tuple[Tensor, Tensor]:
 
 
 def read_responses(
-    model, sequences: Sequences, temperature: float, entropy: bool = True, *, freeze_trunk: bool = False
+    model,
+    sequences: Sequences,
+    temperature: float,
+    entropy: bool = True,
+    *,
+    freeze_trunk: bool = False,
+    trunk: TrunkStates | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probability and entropy (nats) of each response token, and its value where the model has them.
 
     Args:
-        model: a causal language model, or one with a value head.
+        model: a language model, causal or with an encoder; or one with a value head.
         sequences: B rows.
         temperature: the logits are divided by it.
         entropy: whether it is wanted.
         freeze_trunk: only the value head learns (and blocks of its own): nothing else gets a gradient.
+        trunk: of these rows, what the first blocks make of them; those are not run then.
 
     Returns:
         [B, R] each, zero where there is no token. The value of a token is that of the state before it.
@@ -161,7 +176,7 @@ def read_responses(
     branch = None if head is None else head.branch
     blocks = [] if branch is None else branch.originals(causal)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_trunk), calls_of(blocks) as calls:
-        found, places = _predict(causal, sequences)
+        found, places, _ = _predict(causal, sequences, trunk)
         said = found.read(sequences.responses[mask], temperature, entropy=entropy)
     read = found.hidden if branch is None else branch(calls[-len(blocks) :]).flatten(0, -2)
     values = None if head is None else head(_at(read, places))
@@ -170,7 +185,24 @@ def read_responses(
 
 
 @torch.no_grad()
-def response_kl(model, ref_model, sequences: Sequences, temperature: float) -> Tensor:
+def read_trunk(causal, sequences: Sequences, depth: int) -> TrunkStates:
+    """What the first blocks of a model make of B rows; nothing else of it runs, but for its encoder.
+
+    Args:
+        causal: a language model, bare or under PEFT; with an encoder, the blocks are the decoder's.
+        sequences: B rows.
+        depth: blocks.
+    """
+    with trunk_alone(causal, depth) as seen, encoder_states(causal) as read:
+        _, _, where = _predict(causal, sequences)
+    states = [each[0].flatten(0, -2) for each in (read, seen) if each]
+    return TrunkStates(depth, torch.cat(states), where)
+
+
+@torch.no_grad()
+def response_kl(
+    model, ref_model, sequences: Sequences, temperature: float, *, trunk: TrunkStates | None = None
+) -> Tensor:
     """Exact KL(policy || reference), nats, of the distribution that each response token is drawn from.
 
     Args:
@@ -178,6 +210,8 @@ def response_kl(model, ref_model, sequences: Sequences, temperature: float) -> T
         ref_model: another one of the same vocabulary; None: the policy without its adapter.
         sequences: B rows.
         temperature: the logits of both are divided by it.
+        trunk: of these rows, as in :func:`read_responses`, for the policy; and for the reference where it
+            shares it.
 
     Returns:
         [B, R], without a gradient, zero where there is no token.
@@ -187,28 +221,53 @@ def response_kl(model, ref_model, sequences: Sequences, temperature: float) -> T
     """
     other = model if ref_model is None else ref_model
     policy, reference = (getattr(each, "pretrained_model", each) for each in (model, other))
-    own, _ = _predict(policy, sequences)
+    own, _, _ = _predict(policy, sequences, trunk)
+    if trunk is not None and not shares_trunk(policy, reference, trunk.depth):
+        trunk = None
     with reference.disable_adapter() if ref_model is None else nullcontext():
-        other, _ = _predict(reference, sequences)
+        other, _, _ = _predict(reference, sequences, trunk)
     return _spread(own.kl_nats(other, temperature), sequences.is_response)
 
 
-def response_logprobs(model, sequences: Sequences, temperature: float) -> Tensor:
+def response_logprobs(
+    model, sequences: Sequences, temperature: float, *, trunk: TrunkStates | None = None
+) -> Tensor:
     """Log-probability of each response token under a causal model, nats. -> [B, R]."""
-    return read_responses(model, sequences, temperature, entropy=False)[0]
+    return read_responses(model, sequences, temperature, entropy=False, trunk=trunk)[0]
 
 
-def _predict(causal, sequences: Sequences) -> tuple[Predictions, Tensor]:
-    """A causal model's predictions of the N response tokens, and where in its hidden states they stand."""
+def _predict(
+    causal, sequences: Sequences, trunk: TrunkStates | None = None
+) -> tuple[Predictions, Tensor, Tensor]:
+    """A model's predictions of the N response tokens, and where in its hidden states they stand.
+
+    And where each token stands there, [B, S].
+    """
+    if is_seq2seq(causal):
+        return predict_targets(causal, sequences, trunk)
     if has_forest(causal):
-        forest, places = plant_sequences(sequences)
-        return predict(causal, lambda model: run_forest(model, forest), places), places
+        forest, places, where = plant_sequences(sequences)
+        with _from(causal, trunk, where, sequences.is_real, (len(forest.tokens),)):
+            return predict(causal, lambda model: run_forest(model, forest), places), places, where
     mask, width = sequences.is_response, sequences.tokens.shape[1]
     rows, columns = mask.nonzero(as_tuple=True)
     places = rows * width + width - mask.shape[1] - 1 + columns  # the place before a token predicts it
+    where = torch.arange(sequences.tokens.numel(), device=mask.device).view_as(sequences.tokens)
     positions = positions_of(sequences.is_real) + first_position(causal)
     keys = {"attention_mask": sequences.is_real.long(), "position_ids": positions}
-    return predict(causal, lambda model: model(sequences.tokens, use_cache=False, **keys), places), places
+    with _from(causal, trunk, where, sequences.is_real, sequences.tokens.shape):
+        run = lambda model: model(sequences.tokens, use_cache=False, **keys)  # noqa: E731
+        return predict(causal, run, places), places, where
+
+
+def _from(
+    causal, trunk: TrunkStates | None, where: Tensor, is_real: Tensor, shape: Sequence[int]
+) -> AbstractContextManager:
+    """Where a trunk's states are given, the blocks above them run alone; the batch has this shape."""
+    if trunk is None or not trunk.depth:
+        return nullcontext()
+    states = trunk.laid(where, is_real, math.prod(shape))
+    return given_trunk(causal, trunk.depth, states.view(*([1] * (2 - len(shape))), *shape, -1))
 
 
 def _at(hidden: Tensor, places: Tensor) -> Tensor:

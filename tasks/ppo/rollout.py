@@ -9,10 +9,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from tasks.lm.sequences import Sequences, read_responses, response_kl, response_logprobs
+from tasks.lm.sequences import Sequences, read_responses, read_trunk, response_kl, response_logprobs
+from tasks.lm.trunk import Hydra, TrunkStates, joined
 from tasks.ppo.rewards import kl_estimate
 
 Context = Callable[[], AbstractContextManager]
+ALL_LEARNS = Hydra()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +28,13 @@ class Rollout:
     values: Tensor  # [B, R] score units, of the state before each token
     ref_logprobs: Tensor  # [B, R] nats
     kl: Tensor  # [B, R] nats: what is priced
+    trunk: TrunkStates | None = None  # what the policy's frozen blocks make of the tokens
 
     def rows(self, index: Tensor) -> Rollout:
         """Some rows."""
-        rest = {f.name: getattr(self, f.name)[index] for f in fields(self)[1:]}
-        return Rollout(self.sequences.rows(index), **rest)
+        rest = {f.name: getattr(self, f.name)[index] for f in fields(self)[1:-1]}
+        trunk = None if self.trunk is None else self.trunk.rows(index)
+        return Rollout(self.sequences.rows(index), **rest, trunk=trunk)
 
     def kl_nats(self) -> Tensor:
         """What is priced, summed over each response. [B]."""
@@ -48,6 +52,7 @@ def observe(
     kl_penalty: str,
     rows: int,
     precision: Context,
+    hydra: Hydra = ALL_LEARNS,
 ) -> Rollout:
     """What policy, critic and reference think of given responses, at most `rows` in one forward.
 
@@ -61,17 +66,29 @@ def observe(
         kl_penalty: how the KL of a token is estimated.
         rows: most in one forward.
         precision: of the forward.
+        hydra: of policy and reference; the frozen trunk runs once.
     """
-    parts = []
+    causal, trunks, parts = model.pretrained_model, [], []
     for index in torch.arange(len(sequences.tokens), device=sequences.tokens.device).split(rows):
         part = sequences.rows(index)
         with precision():
-            logprobs, entropy, values = read_responses(model, part, temperature)
-            with reference() as causal:
-                ref_logprobs = response_logprobs(causal, part, temperature)
+            trunk = read_trunk(causal, part, hydra.depth) if hydra.depth else None
+            logprobs, entropy, values = read_responses(model, part, temperature, trunk=trunk)
+            with reference() as other:
+                shared = trunk if hydra.is_shared else None
+                ref_logprobs = response_logprobs(other, part, temperature, trunk=shared)
             if kl_penalty == "full":
-                kl = response_kl(model, ref_model, part, temperature)
+                kl = response_kl(model, ref_model, part, temperature, trunk=trunk)
             else:
                 kl = kl_estimate(logprobs - ref_logprobs, kl_penalty)
+        trunks = _keep(trunks, trunk, hydra.most_bytes)
         parts.append((logprobs, entropy, values, ref_logprobs, kl))
-    return Rollout(sequences, is_action, *(torch.cat(each) for each in zip(*parts, strict=True)))
+    found = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Rollout(sequences, is_action, *found, trunk=joined(trunks) if trunks else None)
+
+
+def _keep(kept: list | None, trunk: TrunkStates | None, most_bytes: int) -> list | None:
+    """One more part; None, and nothing is kept any more, where the parts outgrow their bound."""
+    if kept is None or trunk is None or sum(part.nbytes for part in [*kept, trunk]) > most_bytes:
+        return None
+    return [*kept, trunk]

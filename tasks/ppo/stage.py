@@ -44,7 +44,8 @@ def prepare(params: Params, layout: Layout) -> tuple[Loop, object]:
     )
     trainer = PPOTrainer(
         config, policy, tokenizer=tokenizer,
-        seed=params.seed, device=device, microbatch_rows=machine.microbatch_rows,
+        seed=params.seed, device=device,
+        microbatch_rows=machine.microbatch_rows, trunk_megabytes=machine.trunk_megabytes,
     )  # fmt: skip
     reward_fn = from_model(
         layout.artifact("reward", "model"), tokenizer,

@@ -109,5 +109,6 @@ def rollout_statistics(
         "tokens/responses_dist": said.cpu().numpy(),
         "rollout/kl_nats": of_rows((log_ratio * mask).sum(1))[0],  # k1, whatever is priced
         "rollout/token_entropy_nats": masked_mean(seen.entropy, mask, total).item(),
+        "rollout/trunk_megabytes": 0.0 if seen.trunk is None else seen.trunk.nbytes / 2**20,
         "rollout/rows_of_negative_kl": of_rows((kl < 0).float())[0],
     }

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from params.schema import PPOConfig
 from tasks.lm.checkpointing import recompute_blocks
 from tasks.lm.forest import serve_forest, unwrapped
+from tasks.lm.freezing import blocks_of, freeze_layers
 from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
 from tasks.lm.masked import alone, whiten
 from tasks.lm.precision import autocast
 from tasks.lm.reference import create_reference_model
-from tasks.lm.scoring import room_of
+from tasks.lm.room import Room, speaking_room
+from tasks.lm.seq2seq import is_seq2seq, warn_of_start
 from tasks.lm.sequences import lay_out, read_responses
-from tasks.lm.value_head import AutoModelForCausalLMWithValueHead
+from tasks.lm.trunk import Hydra
+from tasks.lm.value_head import ModelWithValueHead
 from tasks.ppo.advantages import gae
 from tasks.ppo.asking import Asked, asked_of
 from tasks.ppo.batch import Batch, check_batch, check_tokens
@@ -47,28 +50,32 @@ class PPOTrainer:
 
     Args:
         config: learning rate, batch sizes, KL price and clip ranges.
-        model: AutoModelForCausalLMWithValueHead, trained in place.
-        ref_model: a causal language model, with or without a value head; KL is measured to it. None: the
-            model without its adapter where it has one, else a frozen copy of it.
+        model: AutoModelForCausalLMWithValueHead or AutoModelForSeq2SeqLMWithValueHead, trained in place.
+        ref_model: a language model of the same kind, with or without a value head; KL is measured to it.
+            None: the model without its adapter where it has one, else a frozen copy of it.
         tokenizer: gives eos and pad, and is saved with the model.
         dataset: rows for `dataloader`, which gives batches of `batch_size`, shuffled, without a remainder.
         optimizer: over the model's parameters; None: Adam (arXiv 1412.6980).
         data_collator: of `dataloader`.
-        num_shared_layers: without a `ref_model`: first layers that are frozen and that it shares in memory.
+        num_shared_layers: without a `ref_model`: first layers that are frozen and that it shares in memory;
+            `config.num_layers_unfrozen` counts from the other end.
         lr_scheduler: of `optimizer`, moved once per step.
         seed: of sampling and minibatches where the configuration has none.
         device: for the models; None: what accelerate chooses.
         microbatch_rows: most rows in one forward; caps memory, changes nothing else.
+        trunk_megabytes: most memory for what frozen first layers make of a rollout (H numbers for each
+            token), which is kept for all passes over it; a rollout that needs more is read anew in each.
 
     Raises:
         ValueError: a model of another kind, a tokenizer without eos or pad, a reference of another
-            vocabulary, batch sizes that the processes do not divide, a tracker that is not installed.
+            vocabulary or no model, an optimizer of other parameters, batch sizes that the processes do not
+            divide, a tracker that is not installed, more layers unfrozen or shared than there are.
     """
 
     def __init__(
         self,
         config: PPOConfig | None = None,
-        model: AutoModelForCausalLMWithValueHead | None = None,
+        model: ModelWithValueHead | None = None,
         ref_model: nn.Module | None = None,
         tokenizer: Any = None,
         dataset: Any = None,
@@ -80,9 +87,15 @@ class PPOTrainer:
         seed: int = 0,
         device: torch.device | str | None = None,
         microbatch_rows: int = 64,
+        trunk_megabytes: int = 2048,
     ) -> None:
-        self.config = config = config or PPOConfig()
+        self.config = config = PPOConfig() if config is None else config
+        if not isinstance(config, PPOConfig):
+            raise ValueError(f"config must be a PPOConfig, not {type(config).__name__}")
+        if microbatch_rows < 1:
+            raise ValueError(f"microbatch_rows is {microbatch_rows}; a forward takes at least one row")
         _check_models(model, ref_model, tokenizer)
+        _check_optimizer(optimizer, model)
         check_tracker(config.log_with)
         self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
         processes = self.accelerator.num_processes
@@ -98,6 +111,13 @@ class PPOTrainer:
         for served in (self.model, self.ref_model):
             if served is not None:
                 serve_forest(_causal(served))
+        branch = self.model.v_head.branch
+        self.hydra = Hydra.of(
+            _causal(self.model),
+            None if self.ref_model is None else _causal(self.ref_model),
+            0 if branch is None else len(branch.blocks),
+            trunk_megabytes * 2**20,
+        )
         self.seed = config.seed if config.seed is not None else seed
         self.microbatch_rows, self.updates, self.draws, self.returns = microbatch_rows, 0, 0, 0
         self.kl_ctl = KLController(
@@ -163,7 +183,7 @@ class PPOTrainer:
             query_tensor: one prompt [P], or a list of them.
             length_sampler: gives the most new tokens of each row in turn.
             batch_size: most rows sampled side by side; None: 512. It changes no response.
-            return_prompt: whether the prompt stands before its response.
+            return_prompt: whether the prompt stands before its response; never where an encoder reads it.
             generate_ref_response: the reference's responses as well, of the same random numbers.
             generation_kwargs: as in transformers: `max_new_tokens`, `min_new_tokens`, `min_length`,
                 `do_sample` (True unless told otherwise), `temperature` (that of the configuration), `top_k`,
@@ -180,11 +200,13 @@ class PPOTrainer:
         is_one = isinstance(query_tensor, Tensor)
         queries = [query_tensor] if is_one else query_tensor
         prompts = check_tokens("query_tensor", queries, self.vocabulary())
+        if not prompts:
+            raise ValueError("query_tensor is empty; generate needs at least one prompt")
         lengths = None if length_sampler is None else [int(length_sampler()) for _ in prompts]
         asked = self._asked(generation_kwargs, len(prompts), lengths)
         room = self.room()
         for i, (prompt, most) in enumerate(zip(prompts, asked.max_tokens, strict=True)):
-            if room is not None and len(prompt) + most > room:
+            if not room.holds(len(prompt), most):
                 raise ValueError(
                     f"query_tensor[{i}] has {len(prompt)} tokens and may get {most} more; the model has "
                     f"room for {room}"
@@ -203,7 +225,8 @@ class PPOTrainer:
 
     def _generated(self, prompts, seeds, rows, model, asked: Asked, return_prompt: bool) -> list[Tensor]:
         responses = self.sample(prompts, seeds, rows, model, asked).lists()
-        whole = [p + r if return_prompt else r for p, r in zip(prompts, responses, strict=True)]
+        with_prompt = return_prompt and not is_seq2seq(_causal(self.model))
+        whole = [p + r if with_prompt else r for p, r in zip(prompts, responses, strict=True)]
         return [torch.tensor(ids, dtype=torch.long, device=self.device) for ids in whole]
 
     def observe(
@@ -213,14 +236,16 @@ class PPOTrainer:
         is_action: Sequence[Sequence[bool]] | None = None,
     ) -> Rollout:
         """What policy, critic and reference think of B responses, before any update."""
-        sequences = lay_out(queries, responses, self.tokenizer.pad_token_id, self.device)
+        pad_id = self.tokenizer.pad_token_id  # often a token that was added, and no model has heard of
+        pad_id = pad_id if 0 <= pad_id < self.vocabulary() else 0
+        sequences = lay_out(queries, responses, pad_id, self.device)
         mask = sequences.is_response
         if is_action is not None:
             flat = [flag for row in is_action for flag in row]
             mask = mask.clone().masked_scatter(mask, torch.tensor(flat, dtype=torch.bool, device=self.device))
         return observe(
-            self.model, self.ref_model, self.reference, sequences, mask,
-            self.config.temperature, self.config.kl_penalty, self.microbatch_rows, self._precision,
+            self.model, self.ref_model, self.reference, sequences, mask, self.config.temperature,
+            self.config.kl_penalty, self.microbatch_rows, self._precision, self.hydra,
         )  # fmt: skip
 
     @contextmanager
@@ -261,6 +286,7 @@ class PPOTrainer:
         batch = check_batch(
             queries, responses, scores, response_masks, self.batch_rows, self.vocabulary(), room
         )
+        warn_of_start(_causal(self.model), batch.responses)
         seen = self.observe(batch.queries, batch.responses, batch.is_action)
         clock.lap("forward_pass")
         paid, price = self.shape(batch), self.kl_ctl.value
@@ -379,7 +405,7 @@ class PPOTrainer:
         is_warming = self.updates < config.critic_warmup_updates
         with self._precision(), recompute_blocks(self.model, config.gradient_checkpointing):
             logprobs, entropy, values = read_responses(
-                self.model, seen.sequences, config.temperature, freeze_trunk=is_warming
+                self.model, seen.sequences, config.temperature, freeze_trunk=is_warming, trunk=seen.trunk
             )
             ratio = ratio_of(logprobs, seen.logprobs, mask)
             policy, is_clipped = policy_loss(ratio, advantages, config.cliprange)
@@ -429,9 +455,9 @@ class PPOTrainer:
         """Tokens the model can say."""
         return _vocabulary_of(self.model)
 
-    def room(self) -> int | None:
-        """Most tokens of prompt and response together; None: no bound."""
-        return room_of(_causal(self.model))
+    def room(self) -> Room:
+        """For a prompt and its response."""
+        return speaking_room(_causal(self.model))
 
     def mean(self, values: Sequence[float]) -> float:
         """Mean over all processes."""
@@ -534,11 +560,21 @@ class PPOTrainer:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
 
     def _reference_of(self, ref_model, num_shared_layers: int | None):
+        """The reference; layers that stay what they are get frozen in the policy."""
+        causal, unfrozen = _causal(self.model), self.config.num_layers_unfrozen
+        if unfrozen is not None and num_shared_layers is None:
+            num_shared_layers = len(blocks_of(causal)) - unfrozen
+            if num_shared_layers < 0:
+                raise ValueError(
+                    f"ppo.num_layers_unfrozen is {unfrozen}; the model has {len(blocks_of(causal))} blocks"
+                )
         if ref_model is not None:
-            if num_shared_layers is not None:
+            if unfrozen is None and num_shared_layers is not None:
                 _log.warning("num_shared_layers has no effect beside a ref_model: the two share nothing")
+            freeze_layers(causal, unfrozen)
             return ref_model.to(self.device).eval()
         if self.model.is_peft_model:
+            freeze_layers(causal, unfrozen)
             return None
         return create_reference_model(self.model, num_shared_layers)
 
@@ -575,15 +611,34 @@ def _vocabulary_of(model: nn.Module) -> int:
 
 
 def _check_models(model, ref_model, tokenizer) -> None:
-    if not isinstance(model, AutoModelForCausalLMWithValueHead):
-        raise ValueError(f"model must be an AutoModelForCausalLMWithValueHead, not {type(model).__name__}")
+    if not isinstance(model, ModelWithValueHead):
+        raise ValueError(
+            "model must be an AutoModelForCausalLMWithValueHead or AutoModelForSeq2SeqLMWithValueHead, not "
+            f"{type(model).__name__}"
+        )
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(tokenizer, name, None) is None:
             raise ValueError(f"tokenizer: it has no {name}")
     if ref_model is None:
         return
-    if ref_model is model:
+    other = unwrapped(_causal(ref_model)) if isinstance(ref_model, nn.Module) else None
+    if getattr(other, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(f"ref_model must be a language model, not {type(ref_model).__name__}")
+    if _causal(ref_model) is _causal(model):
         raise ValueError("ref_model is the model itself, which would move with it; leave it out for a copy")
+    names = [type(unwrapped(_causal(each))).__name__ for each in (model, ref_model)]
+    if is_seq2seq(_causal(model)) != is_seq2seq(_causal(ref_model)):
+        raise ValueError(f"ref_model is a {names[1]}, the model a {names[0]}; one of both has an encoder")
     own, other = _vocabulary_of(model), _vocabulary_of(ref_model)
     if own != other:
         raise ValueError(f"ref_model has a vocabulary of {other} tokens, the model one of {own}")
+
+
+def _check_optimizer(optimizer, model: nn.Module) -> None:
+    """One that moves another model would let this one stand still, and say nothing."""
+    if optimizer is None:
+        return
+    held = [p for group in getattr(optimizer, "param_groups", []) for p in group["params"]]
+    own = set(map(id, model.parameters()))
+    if not any(id(p) in own for p in held):
+        raise ValueError("optimizer holds none of the model's parameters; nothing would be learnt")

@@ -97,7 +97,7 @@ def test_padded_is_unpadded(kind, temperature):
 
 def test_planted_by_hand():
     """Rows of 4 and 2 real tokens, with 2 and 1 response tokens: places 1, 2 and 4 predict them."""
-    forest, places = plant_sequences(lay_out([[5, 6], [7]], [[8, 1], [9]], 0, "cpu"))
+    forest, places, _ = plant_sequences(lay_out([[5, 6], [7]], [[8, 1], [9]], 0, "cpu"))
     assert forest.tokens.tolist() == [5, 6, 8, 1, 7, 9] and forest.starts == (0, 4)
     assert places.tolist() == [1, 2, 4]
 
@@ -105,7 +105,7 @@ def test_planted_by_hand():
 def test_a_shared_prompt_by_hand():
     """5 6 twice, 7 once, 5 6 with nothing to say, 4 twice with nothing to say."""
     prompts = [[5, 6], [7], [5, 6], [5, 6], [4], [4]]
-    forest, places = plant_sequences(lay_out(prompts, [[8, 1], [9], [3], [], [], []], 0, "cpu"))
+    forest, places, _ = plant_sequences(lay_out(prompts, [[8, 1], [9], [3], [], [], []], 0, "cpu"))
     assert forest.tokens.tolist() == [5, 6, 8, 1, 7, 9, 3, 4]
     assert forest.parents == (-1, 0, -1, 0, -1) and forest.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
     assert places.tolist() == [1, 2, 4, 1]  # 8 after the 6, 1 after the 8, 9 after the 7, 3 after the 6
