@@ -82,14 +82,13 @@ def _reward(params: Params, shape: Shape, processes: int, shards: int, device: D
     question = math.ceil(params.pack.document_tokens * device.answers)
     own = max(1, reward.batch_questions // processes) * question
     forward = own if shards > 1 else min(own, max(question, params.machine.microbatch_tokens))
-    trunk = replace(shape, vocabulary=1, is_tied=False)
-    extra = (shape.of_trunk - trunk.of_trunk) * 4 / GB  # its embedding
+    trunk = replace(shape, is_tied=True)  # the embedding alone; a row of scores is no head to speak of
     trained = _trained(reward, trunk)
     memory = training(
         trunk, forward, reward.dtype, trained=trained, base=_base(params), shards=shards,
         muon=reward.optimizer == "muon",
     )  # fmt: skip
-    memory["weights"] += extra / shards
+    memory["logits"] = 0.0
     seconds = own * _flops(trunk.parameters, trained) / _rate(device, reward.dtype)
     return Estimate(memory, seconds, _steps(reward, device.questions, reward.batch_questions))
 

@@ -102,17 +102,23 @@ def launch(stage: str, file: Path, processes: int, layout: Layout, lock: int | N
             preexec_fn=die_with_parent,
             pass_fds=() if lock is None else (lock,),
         )
-        try:
-            status = process.wait()
-            _end(process.pid, signal.SIGTERM)  # nothing is left after a good end
-        except BaseException as error:
-            is_ctrl_c = getattr(error, "status", None) == 130
-            _end(process.pid, signal.SIGINT if is_ctrl_c else signal.SIGTERM, process)
-            remove(folder)
-            raise
+        status = _wait(process, folder)
     if status:
         _raise(status, folder, processes or int(read_yaml(file)["num_processes"]))
     remove(folder)
+
+
+def _wait(process: subprocess.Popen, folder: Path) -> int:
+    """The launcher's exit status, once nothing of its group is left; what ends this process ends that too."""
+    try:
+        status = process.wait()
+        _end(process.pid, signal.SIGTERM)  # nothing is left after a good end
+        return status
+    except BaseException as error:
+        is_ctrl_c = getattr(error, "status", None) == 130
+        _end(process.pid, signal.SIGINT if is_ctrl_c else signal.SIGTERM, process)
+        remove(folder)
+        raise
 
 
 def _end(group: int, number: int, leader: subprocess.Popen | None = None) -> None:

@@ -141,7 +141,7 @@ def test_steps_and_seconds_by_hand():
     assert estimates(params(sft={**sft, "max_steps": 7}), 8, False, unknown)["sft"].steps == 7
     reward = {"batch_questions": 8, "epochs": 1, "dtype": "bfloat16"}
     found = estimates(params(reward=reward), 2, False, FLAT)["reward"]
-    trunk = n - 2 * 32000 * 4096 + 2 * 4096
+    trunk = n - 32000 * 4096
     assert found.steps == 12 and found.seconds == pytest.approx(4 * 1024 * 6 * trunk / 50e12)
 
 
@@ -154,6 +154,17 @@ def test_a_forward_is_bounded_unless_weights_are_shared():
     assert activation(2, False) * GB == activations(LLAMA_7B, 2048, "float32")
     assert activation(16, False) * GB == activations(LLAMA_7B, 1024, "float32")
     assert activation(2, True) * GB == activations(LLAMA_7B, 8 * 1024, "float32")
+
+
+def test_the_reward_model_is_the_trunk_and_reads_a_question_at_once():
+    reward = {"batch_questions": 8, "dtype": "float32", "optimizer": "adamw"}
+    found = estimates(params(reward=reward, machine={"microbatch_tokens": 100}), 2, False, FLAT)[
+        "reward"
+    ].gigabytes
+    n = LLAMA_7B.of_trunk
+    assert found["weights"] * GB == pytest.approx(4 * n, rel=1e-5)  # but for a row of scores
+    assert found["moments"] / found["gradients"] == pytest.approx(2) and found["logits"] == 0
+    assert found["activations"] * GB == activations(LLAMA_7B, 2 * 512, "float32")
 
 
 def test_ppo_by_hand():

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tasks.run import ranks
+from tasks.run import checkpoint, ranks
 from tasks.run.arguments import training_arguments
 from tasks.run.devices import use_device
 from tasks.run.files import staged, write_json
+from tasks.run.follow import Follow
 from tasks.run.progress import Progress
 
 
@@ -83,6 +85,11 @@ def test_only_the_first_leaves_files(tmp_path, second, monkeypatch):
     assert (tmp_path / "metrics.json").exists()
 
 
+def test_every_rank_may_keep_a_checkpoint(tmp_path, second):
+    checkpoint.save(tmp_path, 1, {"generator": 7})
+    assert checkpoint.latest(tmp_path).state == {"generator": 7}
+
+
 def test_only_the_first_writes_a_model(tmp_path, second, monkeypatch):
     import tiny
 
@@ -98,6 +105,13 @@ def test_only_the_first_shows_progress(second, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     Progress("sft", 1).update(1)
     assert "sft 1/1" in capsys.readouterr().err
+
+
+def test_tokens_are_those_of_all(second):
+    shown = Follow("sft", iter([0, 5]).__next__)
+    shown.on_train_begin(None, SimpleNamespace(max_steps=2, global_step=0), None)
+    shown.on_step_end(None, SimpleNamespace(global_step=1), None)
+    assert shown.progress.units == 4 * 5
 
 
 def test_each_has_a_gpu_of_its_own(second, monkeypatch):
