@@ -136,6 +136,7 @@ def test_steps_and_seconds_by_hand():
         params(sft={**sft, "lora_rank": 4, "dtype": "float32", "max_steps": 3}), 8, False, FLAT
     )["sft"]
     assert found.steps == 3 and found.seconds == pytest.approx(2 * 1024 * 4 * n / 25e12)
+    assert estimates(params(sft={**sft, "max_steps": 99}), 8, False, FLAT)["sft"].steps == 8
     unknown = Device()
     assert estimates(params(sft=sft), 8, False, unknown)["sft"].steps == 0
     assert estimates(params(sft={**sft, "max_steps": 7}), 8, False, unknown)["sft"].steps == 7
