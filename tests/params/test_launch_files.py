@@ -42,7 +42,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_files():
     words = r"machine\.launch: no 'dpp' in params/accelerate; it has ddp, ddp_cpu, fsdp, one_gpu, zero3"
     with pytest.raises(ParamsError, match=words):
         validate({"machine": {"launch": "dpp"}})
-    assert MachineParams().launch_file is None
+    assert MachineParams(launch="").launch_file is None
 
 
 def test_the_launch_is_in_no_command_and_tracked_by_no_stage():
