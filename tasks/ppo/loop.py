@@ -71,6 +71,8 @@ def train(
         ValueError: no prompt, one that is empty or too long (names it), what `preflight` found, or what
             `PPOTrainer.step` refuses.
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text; a list of texts, or of rows of token ids, is wanted")
     if not len(prompts):
         raise ValueError("prompts is empty; PPO needs at least one")
     is_text = isinstance(prompts[0], str)

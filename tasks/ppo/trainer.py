@@ -68,8 +68,8 @@ class PPOTrainer:
 
     Raises:
         ValueError: a model of another kind, a tokenizer without eos or pad, a reference of another
-            vocabulary, batch sizes that the processes do not divide, a tracker that is not installed, more
-            layers unfrozen or shared than there are.
+            vocabulary or no model, an optimizer of other parameters, batch sizes that the processes do not
+            divide, a tracker that is not installed, more layers unfrozen or shared than there are.
     """
 
     def __init__(
@@ -89,8 +89,13 @@ class PPOTrainer:
         microbatch_rows: int = 64,
         trunk_megabytes: int = 2048,
     ) -> None:
-        self.config = config = config or PPOConfig()
+        self.config = config = PPOConfig() if config is None else config
+        if not isinstance(config, PPOConfig):
+            raise ValueError(f"config must be a PPOConfig, not {type(config).__name__}")
+        if microbatch_rows < 1:
+            raise ValueError(f"microbatch_rows is {microbatch_rows}; a forward takes at least one row")
         _check_models(model, ref_model, tokenizer)
+        _check_optimizer(optimizer, model)
         check_tracker(config.log_with)
         self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
         processes = self.accelerator.num_processes
@@ -195,6 +200,8 @@ class PPOTrainer:
         is_one = isinstance(query_tensor, Tensor)
         queries = [query_tensor] if is_one else query_tensor
         prompts = check_tokens("query_tensor", queries, self.vocabulary())
+        if not prompts:
+            raise ValueError("query_tensor is empty; generate needs at least one prompt")
         lengths = None if length_sampler is None else [int(length_sampler()) for _ in prompts]
         asked = self._asked(generation_kwargs, len(prompts), lengths)
         room = self.room()
@@ -229,7 +236,9 @@ class PPOTrainer:
         is_action: Sequence[Sequence[bool]] | None = None,
     ) -> Rollout:
         """What policy, critic and reference think of B responses, before any update."""
-        sequences = lay_out(queries, responses, self.tokenizer.pad_token_id, self.device)
+        pad_id = self.tokenizer.pad_token_id  # often a token that was added, and no model has heard of
+        pad_id = pad_id if 0 <= pad_id < self.vocabulary() else 0
+        sequences = lay_out(queries, responses, pad_id, self.device)
         mask = sequences.is_response
         if is_action is not None:
             flat = [flag for row in is_action for flag in row]
@@ -606,7 +615,10 @@ def _check_models(model, ref_model, tokenizer) -> None:
             raise ValueError(f"tokenizer: it has no {name}")
     if ref_model is None:
         return
-    if ref_model is model:
+    other = unwrapped(_causal(ref_model)) if isinstance(ref_model, nn.Module) else None
+    if getattr(other, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(f"ref_model must be a language model, not {type(ref_model).__name__}")
+    if _causal(ref_model) is _causal(model):
         raise ValueError("ref_model is the model itself, which would move with it; leave it out for a copy")
     names = [type(unwrapped(_causal(each))).__name__ for each in (model, ref_model)]
     if is_seq2seq(_causal(model)) != is_seq2seq(_causal(ref_model)):
@@ -614,3 +626,13 @@ def _check_models(model, ref_model, tokenizer) -> None:
     own, other = _vocabulary_of(model), _vocabulary_of(ref_model)
     if own != other:
         raise ValueError(f"ref_model has a vocabulary of {other} tokens, the model one of {own}")
+
+
+def _check_optimizer(optimizer, model: nn.Module) -> None:
+    """One that moves another model would let this one stand still, and say nothing."""
+    if optimizer is None:
+        return
+    held = [p for group in getattr(optimizer, "param_groups", []) for p in group["params"]]
+    own = set(map(id, model.parameters()))
+    if not any(id(p) in own for p in held):
+        raise ValueError("optimizer holds none of the model's parameters; nothing would be learnt")
