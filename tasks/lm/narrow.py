@@ -59,8 +59,7 @@ def last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
 
 def _last_block(model: nn.Module) -> nn.Module | None:
     bare = unwrapped(model)
-    if bare.config.is_encoder_decoder:  # the places are the decoder's
-        return None
+    parts = bare.get_decoder() if bare.config.is_encoder_decoder else bare  # the places are the decoder's
     layers = getattr(bare.config.get_text_config(), "num_hidden_layers", 0)
-    stacks = [m for m in bare.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    stacks = [m for m in parts.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     return stacks[0][-1] if len(stacks) == 1 and layers else None

@@ -128,7 +128,7 @@ def predict_targets(
     """
     batch = (_packed if has_forest(model) else _padded)(model, sequences)
     sources, context = None, nullcontext()
-    if trunk is not None and trunk.depth:
+    if trunk is not None:
         sizes = [rows * columns for rows, columns in batch.shapes]
         parts = trunk.laid(batch.where, batch.is_read, sum(sizes)).split(sizes)
         sources, states = (part.view(*s, -1) for part, s in zip(parts, batch.shapes, strict=True))
@@ -222,8 +222,7 @@ def encode(model: nn.Module, sources: Sequence[Sequence[int]]) -> tuple[Tensor, 
         pairs = plant_pairs(sources, [(0,)] * len(sources), start_of(model)).to(device)
         states = run_pairs(model, pairs).encoder_last_hidden_state[0]
         return pad_sequence(states.split([len(source) for source in sources]), batch_first=True), is_real
-    pad = getattr(unwrapped(model).config, "pad_token_id", None) or 0
-    tokens = torch.full(is_real.shape, pad, device=device)
+    tokens = torch.zeros(is_real.shape, dtype=torch.long, device=device)  # any token will do behind a source
     tokens[is_real] = torch.tensor([token for source in sources for token in source], device=device)
     found = unwrapped(model).get_encoder()(input_ids=tokens, attention_mask=is_real.long())
     return found[0], is_real

@@ -146,6 +146,9 @@ def test_no_bias_is_larger_than_the_longest_document_needs(name):
     with tiny.Largest() as largest:
         packed_loss(model, sources, targets).backward()
     assert largest.elements <= 60 * 7 * 32  # tokens by vocabulary
+    packed_loss(model, sources, targets)
+    attentions = [module for module in model.modules() if hasattr(module, "compute_bias")]
+    assert {len(module._forward_pre_hooks) for module in attentions} == {1}
 
 
 def test_targets_that_share_a_source():

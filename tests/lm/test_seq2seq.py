@@ -15,6 +15,9 @@ from transformers import (
     EncoderDecoderConfig,
     EncoderDecoderModel,
     T5ForSequenceClassification,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
 )
 
 from tasks.lm import create_reference_model
@@ -256,6 +259,25 @@ def test_two_models_coupled():
             assert tiny.far(found[0][i, : len(row[1])], logp[range(len(row[1])), row[1]]) <= 1e-5
     with pytest.raises(ValueError, match="EncoderDecoderModel has no one stack of blocks in a decoder"):
         blocks_of(model.pretrained_model)
+
+
+@pytest.mark.parametrize("layers", [(2, 2), (3, 2)])
+@torch.no_grad()
+def test_the_decoders_last_mlp_is_computed_where_it_is_read(layers):
+    """T5Gemma's encoder has blocks of the same form."""
+    keys = {**tiny.LLAMA, "head_dim": 8, "vocab_size": 32, "pad_token_id": tiny.PAD, "eos_token_id": tiny.EOS}
+    parts = [T5GemmaModuleConfig(**{**keys, "num_hidden_layers": n}) for n in layers]
+    torch.manual_seed(0)
+    config = T5GemmaConfig(encoder=parts[0], decoder=parts[1], vocab_size=32, decoder_start_token_id=2)
+    model, (prompts, responses) = valued(T5GemmaForConditionalGeneration(config).eval()), rows()
+    seen = []
+    blocks_of(model.pretrained_model)[-1].mlp.register_forward_hook(lambda _, i, out: seen.append(out.shape))
+    found = read_responses(model, laid_out(), 0.7)
+    assert set(seen) == {(1, 13, 16)}  # of 5 · 6 places
+    for i, row in enumerate(zip(prompts, responses, strict=True)):
+        if row[1]:
+            right = alone(model, *row, 0.7)
+            assert all(close(a[i, : len(row[1])], b) for a, b in zip(found, right, strict=True))
 
 
 # ---- by hand

@@ -96,6 +96,17 @@ def test_what_runs(name, planted, depth):
     assert all("forward" not in vars(block) for block in blocks_of(model.pretrained_model))
 
 
+@pytest.mark.parametrize("planted", [False, True])
+def test_the_bias_of_blocks_that_do_not_run_is_made_once(planted, monkeypatch):
+    model, sequences = served("t5", planted), laid_out()
+    kept = read_trunk(model.pretrained_model, sequences, 3)
+    attention, made = model.pretrained_model.decoder.block[0].layer[0].SelfAttention, []
+    compute = attention.compute_bias
+    monkeypatch.setattr(attention, "compute_bias", lambda *size: made.append(size) or compute(*size))
+    response_logprobs(model, sequences, 1.0, trunk=kept)
+    assert set(made) == {(6, 6)} and len(made) <= 2  # of each forward; the first tries the output embeddings
+
+
 def test_a_state_for_each_distinct_source_token_and_each_response_token():
     """5 + 9 + 1 of the sources, of which two are asked twice; 4 + 1 + 6 + 2 of the responses."""
     kept = read_trunk(served("t5", planted=True).pretrained_model, laid_out(), 1)
