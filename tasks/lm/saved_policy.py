@@ -10,62 +10,116 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tasks.lm.adapters import has_adapter
+from tasks.lm.adapter_files import CONFIG, WEIGHTS, SavedAdapter, put_on, read_adapter
+from tasks.lm.adapters import add_adapter, has_adapter, stack_adapter
+from tasks.lm.hub import VALUE_HEAD, find_file
 from tasks.lm.loading import load_causal
+from tasks.lm.quantized import read_quantized
+from tasks.lm.reward_adapter import save_reward_adapter
+from tasks.lm.switching import REFERENCE, at_work_on, weights_of
 
-VALUE_HEAD = "value_head.safetensors"
+ADAPTERS = "adapters.json"  # of a policy with several: which are at work, which is whose
 PICKLE = "pytorch_model.bin"  # where TRL ≤ 0.11 puts the head of a model under an adapter
 _log = logging.getLogger(__name__)
 
 
-def find_file(
-    base: str | Path, name: str, revision: str = "main", token: str | bool | None = None
-) -> Path | None:
-    """A file of a folder, or of a repository on the Hub through its cache; None where there is none."""
-    if Path(base).is_dir():
-        path = Path(base) / name
-        return path if path.is_file() else None
-    from huggingface_hub import errors, hf_hub_download
-
-    try:
-        return Path(hf_hub_download(str(base), name, revision=revision, token=token))
-    except (errors.EntryNotFoundError, errors.HfHubHTTPError, errors.HFValidationError) as error:
-        if name == VALUE_HEAD and isinstance(error, errors.LocalEntryNotFoundError):
-            _log.warning("%s of %s is not in the cache, and the Hub cannot be asked for it", name, base)
-    return None  # of what else is amiss, loading the model tells
-
-
 def load_policy(
-    base: str | Path, is_trainable: bool = True, *, revision: str = "main", token=None, **keys: Any
+    base: str | Path,
+    is_trainable: bool = True,
+    *,
+    peft_config=None,
+    revision: str = "main",
+    token=None,
+    **keys: Any,
 ):
-    """The language model of a folder or of the Hub; under its adapter, where one is what is there.
+    """The language model of a folder or of the Hub; under its adapters, where these are what is there.
 
     Args:
         base: holds a causal language model, or an adapter whose configuration names its model.
         is_trainable: whether the adapter is to be trained further.
+        peft_config: of a fresh adapter; one that `base` holds is frozen below it.
         revision: on the Hub, of `base`.
         token: for the Hub.
         keys: for transformers' `from_pretrained`.
 
     Raises:
-        ValueError: no configuration or no safetensors weights there, an adapter without its model's name, or
-            code from there is to be run.
+        ValueError: no configuration or no safetensors weights there, an adapter without its model's name or
+            of another model, code from there is to be run, or a quantised base where none can run.
     """
     if keys.pop("trust_remote_code", False):
         raise ValueError("trust_remote_code: code that comes with a model is never run")
-    if find_file(base, "adapter_config.json", revision, token) is None:
-        return load_causal(base, revision, "base", token=token, **keys)
-    from peft import PeftConfig, PeftModel
-
-    weights = find_file(base, "adapter_model.safetensors", revision, token)
-    if weights is None:
-        raise ValueError(f"base: the adapter in {base} has no adapter_model.safetensors")
-    config = PeftConfig.from_pretrained(str(weights.parent))
-    if not config.base_model_name_or_path:
-        raise ValueError(f"base: the adapter in {base} names no base model")
+    keys, there = read_quantized(keys), {"revision": revision, "token": token}
+    several = _read_json(base, ADAPTERS, **there)
+    if several is None and find_file(base, CONFIG, **there) is None:
+        model = load_causal(base, revision, "base", token=token, **keys)
+        return model if peft_config is None else add_adapter(model, config=peft_config)
+    if several is None:
+        several = {"adapters": {"default": not peft_config}, "at_work": ["default"]}
+    parts = {name: "" if name == "default" else name for name in several["adapters"]}
+    saved = {name: _adapter_in(base, part, **there) for name, part in parts.items()}
+    config = next(iter(saved.values())).config
     asked = config.base_model_name_or_path, config.revision or "main", "base"
     model = load_causal(*asked, token=token, **keys)
-    return PeftModel.from_pretrained(model, str(weights.parent), is_trainable=is_trainable)
+    if peft_config is not None:
+        if list(saved) != ["default"]:
+            raise ValueError(f"peft_config: the policy in {base} has several adapters; merge it first")
+        model = put_on(model, saved["default"], REFERENCE)
+        stack_adapter(model, peft_config)
+        return model
+    for name, learns in several["adapters"].items():
+        model = put_on(model, saved[name], name, trains=learns and is_trainable)
+    return _set_to_work(model, several["at_work"])
+
+
+def save_policy(model, folder: str | Path, **keys: Any) -> None:
+    """The language model of one with a value head: a plain transformers folder, or its adapters'.
+
+    One adapter stands in `folder` itself, where peft finds it. Of several each has a folder of its own, and
+    `adapters.json` says what they are: peft would take one of them for the whole.
+    """
+    causal = model.pretrained_model
+    others = [name for name in getattr(causal, "peft_config", {}) if name != model.rm_adapter_name]
+    if has_adapter(causal):
+        keys = {"selected_adapters": others, **keys}
+    causal.save_pretrained(folder, **keys)
+    if model.supports_rm_adapter:
+        save_reward_adapter(model, Path(folder) / model.rm_adapter_name)
+    if len(others) > 1 or model.supports_rm_adapter:
+        learns = {n: any(p.requires_grad for p in weights_of(causal, n).values()) for n in others}
+        facts = {"adapters": learns, "at_work": at_work_on(causal), "reward": model.rm_adapter_name}
+        text = json.dumps(facts, indent=2) + "\n"
+        (Path(folder) / ADAPTERS).write_text(text, encoding="utf-8")
+
+
+def saved_reward_adapter(
+    base: str | Path, revision: str = "main", token: str | bool | None = None
+) -> tuple[SavedAdapter, str] | None:
+    """The reward adapter that was saved with a policy, and its name; None: none was."""
+    name = (_read_json(base, ADAPTERS, revision, token) or {}).get("reward")
+    return None if name is None else (read_adapter(base, "base", name, revision, token), name)
+
+
+def _adapter_in(base: str | Path, part: str, revision: str, token) -> SavedAdapter:
+    weights = f"{part}/{WEIGHTS}".lstrip("/")
+    if find_file(base, weights, revision, token) is None:
+        raise ValueError(f"base: the adapter in {base} has no {weights}")
+    saved = read_adapter(base, "base", part, revision, token)
+    if not saved.config.base_model_name_or_path:
+        raise ValueError(f"base: the adapter in {base} names no base model")
+    return saved
+
+
+def _set_to_work(model, names: list[str]):
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.base_model.set_adapter(names)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    return model
+
+
+def _read_json(base: str | Path, name: str, revision: str = "main", token=None) -> dict[str, Any] | None:
+    path = find_file(base, name, revision, token)
+    return None if path is None else json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_value_head(
@@ -91,9 +145,9 @@ def read_value_head(
     return found
 
 
-def warn_of_pickle(base: str | Path, model) -> None:
+def warn_of_pickle(base: str | Path, revision: str = "main", token: str | bool | None = None) -> None:
     """Say that no value head was read where TRL may have pickled one."""
-    if has_adapter(model) or (Path(base) / PICKLE).is_file():
+    if find_file(base, CONFIG, revision, token) or (Path(base) / PICKLE).is_file():
         _log.warning("%s: a fresh value head; one that was pickled into %s is never read", base, PICKLE)
 
 

@@ -23,6 +23,7 @@ from tasks.lm.precision import autocast
 from tasks.lm.reference import create_reference_model
 from tasks.lm.scoring import room_of
 from tasks.lm.sequences import lay_out, read_responses
+from tasks.lm.switching import at_work, learnt, load_learnt, reference_adapters
 from tasks.lm.trunk import Hydra
 from tasks.lm.value_head import AutoModelForCausalLMWithValueHead
 from tasks.ppo.advantages import gae
@@ -50,8 +51,9 @@ class PPOTrainer:
     Args:
         config: learning rate, batch sizes, KL price and clip ranges.
         model: AutoModelForCausalLMWithValueHead, trained in place.
-        ref_model: a causal language model, with or without a value head; KL is measured to it. None: the
-            model without its adapter where it has one, else a frozen copy of it.
+        ref_model: a causal language model, with or without a value head; KL is measured to it. None: what
+            the model says now, as a frozen copy of it, or of its adapter where it has one (a fresh adapter:
+            the model without it).
         tokenizer: gives eos and pad, and is saved with the model.
         dataset: rows for `dataloader`, which gives batches of `batch_size`, shuffled, without a remainder.
         optimizer: over the model's parameters; None: Adam (arXiv 1412.6980).
@@ -101,6 +103,7 @@ class PPOTrainer:
         self.batch_rows, self.mini_rows = config.batch_size // processes, config.mini_batch_size // processes
         self.device = torch.device(device) if device is not None else self.accelerator.device
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
+        self.ref_adapters: list[str] = []  # at work in the reference, where there is no ref_model
         self.ref_model = self._reference_of(ref_model, num_shared_layers)
         for served in (self.model, self.ref_model):
             if served is not None:
@@ -239,12 +242,12 @@ class PPOTrainer:
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        """The causal model that KL is measured to: `ref_model`, or the policy without its adapter."""
+        """The causal model that KL is measured to: `ref_model`, or the policy's base under `ref_adapters`."""
         if self.ref_model is not None:
             yield _causal(self.ref_model)
         else:
-            with self.model.pretrained_model.disable_adapter():
-                yield self.model.pretrained_model
+            with at_work(self.model.pretrained_model, self.ref_adapters) as causal:
+                yield causal
 
     # ---- updates
 
@@ -494,10 +497,10 @@ class PPOTrainer:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on."""
+        """All that the next step depends on; of a model under an adapter, what is not the base's."""
         scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
         return {
-            "model": self.model.state_dict(),
+            "model": learnt(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": scheduler,
             "kl_coef": self.kl_ctl.value,
@@ -509,8 +512,12 @@ class PPOTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.model.load_state_dict(state["model"])
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is of another model; nothing has moved.
+        """
+        load_learnt(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["scheduler"])
@@ -556,6 +563,7 @@ class PPOTrainer:
             freeze_layers(causal, unfrozen)
             return ref_model.to(self.device).eval()
         if self.model.is_peft_model:
+            self.ref_adapters = reference_adapters(causal)
             freeze_layers(causal, unfrozen)
             return None
         return create_reference_model(self.model, num_shared_layers)
