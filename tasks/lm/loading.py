@@ -84,15 +84,21 @@ def load_causal(base: str | Path, revision: str = "main", key: str = "model.base
     return _load(AutoModelForCausalLM, base, key, revision=revision, **keys)
 
 
-def load_reward(base: str | Path, revision: str = "main", key: str = "model.base"):
+def load_reward(base: str | Path, revision: str = "main", key: str = "model.base", **keys):
     """A sequence-classification model with one label, float32; another model gets a fresh score head.
+
+    Args:
+        base: folder or Hub id.
+        revision: on the Hub.
+        key: what names `base`, for messages.
+        keys: for transformers' `from_pretrained`.
 
     Raises:
         ValueError: as :func:`load_causal`.
     """
     from transformers import AutoModelForSequenceClassification
 
-    return _load(AutoModelForSequenceClassification, base, key, num_labels=1, revision=revision)
+    return _load(AutoModelForSequenceClassification, base, key, num_labels=1, revision=revision, **keys)
 
 
 def create_causal(config: dict, tokenizer):

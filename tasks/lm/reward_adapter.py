@@ -154,7 +154,7 @@ class ScoredByAdapter(nn.Module):
 
     def _check_reward_adapter(self) -> None:
         if not self.supports_rm_adapter:
-            raise ValueError("the model has no reward adapter; load it with reward_adapter=<folder or Hub id>")
+            raise ValueError("the model has no reward adapter; load it with reward_adapter=<folder or id>")
 
 
 def load_reward_adapter(where: str | Path, token: str | bool | None = None) -> SavedAdapter:

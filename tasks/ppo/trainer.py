@@ -19,6 +19,7 @@ from tasks.lm.forest import serve_forest, unwrapped
 from tasks.lm.freezing import blocks_of, freeze_layers
 from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
 from tasks.lm.masked import alone, whiten
+from tasks.lm.optimizer import check_optimizer, make_optimizer
 from tasks.lm.precision import autocast
 from tasks.lm.reference import create_reference_model
 from tasks.lm.scoring import room_of
@@ -56,7 +57,7 @@ class PPOTrainer:
             the model without it).
         tokenizer: gives eos and pad, and is saved with the model.
         dataset: rows for `dataloader`, which gives batches of `batch_size`, shuffled, without a remainder.
-        optimizer: over the model's parameters; None: Adam (arXiv 1412.6980).
+        optimizer: over the model's parameters; None: the one that `config.optimizer` names.
         data_collator: of `dataloader`.
         num_shared_layers: without a `ref_model`: first layers that are frozen and that it shares in memory;
             `config.num_layers_unfrozen` counts from the other end.
@@ -69,8 +70,9 @@ class PPOTrainer:
 
     Raises:
         ValueError: a model of another kind, a tokenizer without eos or pad, a reference of another
-            vocabulary, batch sizes that the processes do not divide, a tracker that is not installed, more
-            layers unfrozen or shared than there are.
+            vocabulary, batch sizes that the processes do not divide, a tracker or an optimizer that is not
+            there, more layers unfrozen or shared than there are, weights of the base that learn beside an
+            adapter.
     """
 
     def __init__(
@@ -93,6 +95,12 @@ class PPOTrainer:
         self.config = config = config or PPOConfig()
         _check_models(model, ref_model, tokenizer)
         check_tracker(config.log_with)
+        check_optimizer(config.optimizer, "ppo.optimizer")
+        if config.lora_rank and not model.is_peft_model:
+            raise ValueError(
+                f"ppo.lora_rank is {config.lora_rank}, but the model has no adapter; put one on "
+                "(from_pretrained with peft_config), or leave ppo.lora_rank at 0"
+            )
         self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
         processes = self.accelerator.num_processes
         for name in ("batch_size", "mini_batch_size"):
@@ -124,9 +132,10 @@ class PPOTrainer:
         self.guard = SpikeGuard(config.ratio_threshold, config.spike_factor, config.max_skipped_steps)
         self.restore: Callable[[], None] | None = None  # brings the last good state back; a loop sets it
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = optimizer or torch.optim.Adam(
-            self.parameters, config.learning_rate, betas=(0.9, config.adam_beta2), fused=True
-        )
+        self.optimizer = optimizer or make_optimizer(
+            self.model, config.optimizer, config.learning_rate, config.weight_decay,
+            betas=(0.9, config.adam_beta2), key="ppo.optimizer",
+        )  # fmt: skip
         self.lr_scheduler, self.dataset = lr_scheduler, dataset
         self.dataloader = None if dataset is None else self._load(dataset, data_collator)
 
