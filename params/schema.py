@@ -233,7 +233,9 @@ class PPOConfig(Section):
         0, ge=0, description="of an adapter on the SFT model, merged in the end; 0: all weights"
     )
     lora_alpha: Positive = Field(16, description="the adapter's outputs are multiplied by alpha / rank")
-    optimizer: Literal["adam"] | OptimizerName = Field("adam", description=f"adam: TRL's; {EIGHT_BITS}")
+    optimizer: Literal["adam", "adamw", "adamw_8bit", "muon", "sgd"] = Field(
+        "adam", description=f"adam: TRL's; {EIGHT_BITS}"
+    )
     learning_rate: Positive = Field(1.41e-5, description="constant")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of Adam's second moment")
     weight_decay: float = Field(0.0, ge=0, description="of matrices; adam has none")

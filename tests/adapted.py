@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import tiny
 import torch
 from peft import LoraConfig
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tasks.lm.adapters import add_adapter
@@ -55,3 +57,20 @@ def same_state(model, before: dict) -> bool:
 
 def copied(model) -> dict:
     return {n: v.clone() for n, v in model.state_dict().items()}
+
+
+class Rounded(nn.Linear):
+    """A layer whose weights were rounded, as a quantised one's are."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
+        self.weight = nn.Parameter((layer.weight * 4).round() / 4, requires_grad=False)
+
+
+def rounded(model):
+    """As bitsandbytes leaves a model: layers replaced, heads and embeddings as they were."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name not in ("lm_head", "score"):
+            model.set_submodule(name, Rounded(module))
+    model.hf_quantizer = SimpleNamespace(is_trainable=True)
+    return model

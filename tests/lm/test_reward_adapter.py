@@ -53,7 +53,7 @@ def test_scores_are_the_reward_models(two):
         assert tiny.far(scores[:, -1, 0], wanted) < 1e-5
     alone = policy.compute_reward_score(torch.tensor([DOCUMENTS[1]]))
     cut = policy.compute_reward_score(torch.tensor([DOCUMENTS[1][:4]]))
-    assert tiny.far(alone[0, 3], cut[0, 3]) < 1e-5, "of every token, the score of the document that ends there"
+    assert tiny.far(alone[0, 3], cut[0, 3]) < 1e-5, "each token: of what ends there"
 
 
 def test_scoring_leaves_the_model_as_it_was(two):
@@ -183,7 +183,7 @@ def test_a_reward_adapter_that_does_not_fit_is_refused(tmp_path):
     name = next(n for n in tensors if n.endswith("down_proj.lora_A.weight"))
     tensors[name] = tensors[name][:, :5].contiguous()
     save_file(tensors, tmp_path / "reward-other" / "adapter_model.safetensors")
-    refused(tmp_path / "reward-other", r"its lora_A of .*down_proj is for 5 numbers, the model has 24", blank=True)
+    refused(tmp_path / "reward-other", r"lora_A of .*down_proj is for 5 numbers, the model has 24", True)
 
 
 def test_a_reward_adapter_needs_a_policy_under_an_adapter(tmp_path):

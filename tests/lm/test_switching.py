@@ -113,6 +113,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"its .*lora_A.* is \(3, 16\), the model's \(2, 16\)"):
         load_learnt(policy, learnt(wide))
     few = Valued.from_pretrained(tiny.causal(), peft_config=lora(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="of another model: .* is on one side only"):
+    with pytest.raises(ValueError, match=r"of another model: .* is on one side only"):
         load_learnt(policy, learnt(few))
     assert same_state(policy, before)

@@ -135,7 +135,7 @@ def test_a_checkpoint_is_small_and_resumes_bit_for_bit(folders, way, select, tmp
     first = loop(2)
     first.run(tmp_path, 1)
     with safe_open(checkpoint.latest(tmp_path).path / "tensors.safetensors", "pt") as file:
-        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]
     learns = sum(p.numel() for p in first.trainer.parameters)
     held = sum(torch.Size(shape).numel() for shape in shapes)
     assert held < 4.2 * learns + 100, "weights, two moments, and the best so far; nothing of the base"
