@@ -212,7 +212,7 @@ def test_mlflow_knows_every_stage_and_the_three_models(clone):
 
 
 def test_the_whole_pipeline_by_adapters(clone, tmp_path):
-    """The SFT model of a first run as base; ends with a registered policy, merged, beside nothing of peft's."""
+    """The SFT model of a first run as base; ends with a registered policy that is plain and merged."""
     other = Clone(tmp_path / "other")
     base = tmp_path / "base"
     shutil.copytree(clone.root / "artifacts/sft/model", base)

@@ -113,11 +113,8 @@ def from_adapter(
     if not getattr(model, "supports_rm_adapter", False):
         raise ValueError("model has no reward adapter; load it with reward_adapter, or use from_model")
     scale = (0.0, 1.0) if scores is None else _scale_of(scores)
-
-    def score(prompts, responses):
-        return model.score_documents([p + r for p, r in zip(prompts, responses, strict=True)], rows)
-
-    return _of_tokens(score, tokenizer, *scale)
+    whole = lambda *both: [p + r for p, r in zip(*both, strict=True)]  # noqa: E731
+    return _of_tokens(lambda *both: model.score_documents(whole(*both), rows), tokenizer, *scale)
 
 
 def _of_tokens(score: Callable, tokenizer: Any, mean: float, std: float) -> RewardFunction:

@@ -248,7 +248,7 @@ def test_an_adapter_is_merged(packed, tmp_path):
 
 
 def test_a_quantised_base_is_merged_in_full_precision(packed, tmp_path, monkeypatch):
-    """A base that is rounded, as if by bitsandbytes; the stage's keys reach the loading, and reload without."""
+    """A base that is rounded, as if by bitsandbytes; the base is then loaded again, as it is."""
     layout, seen = copied(packed, tmp_path / "run"), []
     monkeypatch.setattr(reward_stage, "quantized_keys", lambda kind: {"quantization_config": kind})
 
@@ -263,7 +263,8 @@ def test_a_quantised_base_is_merged_in_full_precision(packed, tmp_path, monkeypa
     monkeypatch.setattr(RewardModel, "load", classmethod(load))
     settings = {"lora_rank": 2, "optimizer": "adamw", "learning_rate": 3e-2}
     given = tiny.params(reward=settings)
-    run(given.model_copy(update={"model": given.model.model_copy(update={"quantize": "4bit"})}), layout)
+    quantised = given.model.model_copy(update={"quantize": "4bit"})
+    run(given.model_copy(update={"model": quantised}), layout)
     assert seen == ["4bit", None]
     plain = AutoModelForSequenceClassification.from_pretrained(layout.artifact("reward", "model"))
     kept = read_adapter(layout.artifact("reward", "model", "adapter"), "test").tensors
