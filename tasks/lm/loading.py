@@ -143,7 +143,8 @@ def _load(auto, base: str | Path, key: str = "model.base", dtype=None, **keys):
         raise ValueError(f"{key}: the folder {base} holds no *.safetensors weights")
     try:
         return auto.from_pretrained(str(base), dtype=dtype or torch.float32, use_safetensors=True, **keys)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:  # the last: a truncated file
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        # RuntimeError, ImportError: quantised weights, and no GPU or package for them; the last: a cut file
         raise ValueError(f"{key}: cannot load {base}: {_one_line(error)}") from error
 
 

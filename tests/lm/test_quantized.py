@@ -5,6 +5,7 @@ No machine here has bitsandbytes and a GPU: both are pretended where the calls a
 
 from __future__ import annotations
 
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -47,6 +48,15 @@ def test_on_a_cpu_it_is_refused_before_anything_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(quantized, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes, which is not installed: pip install it"):
         quantized_keys("4bit")
+
+
+def test_a_checkpoint_that_is_quantised_itself_is_one_line(tmp_path):
+    base = saved_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"^base: cannot load .*bitsandbytes"):
+        Valued.from_pretrained(base)
 
 
 def test_what_is_asked_of_transformers(gpu):
