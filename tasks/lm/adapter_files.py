@@ -112,7 +112,6 @@ def put_on(model, saved: SavedAdapter, name: str, trains: bool = False):
     config.task_type = "SEQ_CLS" if has_head else "CAUSAL_LM"
     others = [m for m in config.modules_to_save or [] if m not in HEADS]
     config.modules_to_save = config.modules_to_save if has_head else others or None
-    config.inference_mode = False  # what learns is decided below
     if name in {part for place, _ in model.named_modules() for part in place.split(".")}:
         raise ValueError(f"{saved.name} cannot be called {name}: the model has a part of that name")
     if hasattr(model, "peft_config"):

@@ -9,10 +9,13 @@ import tiny
 import torch
 from adapted import copied, lora, moved, same_state, saved_base, saved_policy, saved_scorer
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from tasks.lm import AutoModelForCausalLMWithValueHead as Valued
+from tasks.lm.adapter_files import put_on
 from tasks.lm.adapters import merge_checked
 from tasks.lm.forest import serve_forest
+from tasks.lm.loading import load_reward
 from tasks.lm.reward_adapter import load_reward_adapter
 from tasks.lm.scoring import score_documents
 from tasks.lm.switching import at_work, reference_adapters
@@ -54,6 +57,21 @@ def test_scores_are_the_reward_models(two):
     alone = policy.compute_reward_score(torch.tensor([DOCUMENTS[1]]))
     cut = policy.compute_reward_score(torch.tensor([DOCUMENTS[1][:4]]))
     assert tiny.far(alone[0, 3], cut[0, 3]) < 1e-5, "each token: of what ends there"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_reward_adapter_becomes_a_plain_reward_model(kind, tmp_path):
+    """Put on a scorer of the same base, with its head, and merged under the check."""
+    base = saved_base(tmp_path / "base", kind)
+    scorer = saved_scorer(tmp_path / "reward", base)
+    wanted = score_documents(scorer, DOCUMENTS, 8)
+    saved = load_reward_adapter(tmp_path / "reward")
+    again = put_on(load_reward(base), saved, "default")
+    assert not any(p.requires_grad for p in again.parameters())
+    assert torch.equal(score_documents(again, DOCUMENTS, 8), wanted)
+    merge_checked(again, DOCUMENTS).save_pretrained(tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert tiny.far(score_documents(merged, DOCUMENTS, 8), wanted) < 1e-5
 
 
 def test_scoring_leaves_the_model_as_it_was(two):

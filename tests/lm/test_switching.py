@@ -45,10 +45,11 @@ def test_the_reference_of_an_adapter_that_says_something_is_its_copy(keys):
     assert torch.equal(logits(model), own)
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".reference" in n)
     assert any(p.requires_grad for n, p in model.named_parameters() if ".default" in n)
-    moved(model, 9)
-    assert tiny.far(logits(model), own) > 1e-3
+    later = logits(moved(model, 9))
+    assert tiny.far(later, own) > 1e-3
     with at_work(model, ["reference"]):
         assert torch.equal(logits(model), own)
+    assert torch.equal(logits(model), later) and model.active_adapters == ["default"]
 
 
 def test_the_reference_of_a_fresh_adapter_is_the_model_without_it():
