@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tasks.lm.forest import unwrapped
 from tasks.lm.hub import find_file
-from tasks.lm.switching import add_named, weights_of
+from tasks.lm.switching import add_named, take_off, weights_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 HEADS = ("score", "classifier")
@@ -120,11 +120,15 @@ def put_on(model, saved: SavedAdapter, name: str, trains: bool = False):
         with torch.random.fork_rng(devices=[]):
             model = get_peft_model(model, config, adapter_name=name)
     heads = {f"base_model.model.{_head_of(bare)}.{k}": v for k, v in saved.head.items()} if has_head else {}
-    loaded = set_peft_model_state_dict(model, {**saved.tensors, **heads}, adapter_name=name)
     parameters = weights_of(model, name)
-    lost = [n for n in loaded.missing_keys if n in parameters]
-    if strange := [*loaded.unexpected_keys, *lost]:
-        raise ValueError(f"{saved.name} does not fit: {strange[0]}")
+    try:
+        loaded = set_peft_model_state_dict(model, {**saved.tensors, **heads}, adapter_name=name)
+        strange = [*loaded.unexpected_keys, *(n for n in loaded.missing_keys if n in parameters)]
+    except RuntimeError as error:  # a rank that is not the configuration's
+        strange = [" ".join(str(error).split())]
+    if strange:
+        take_off(model, name)
+        raise ValueError(f"{saved.name} does not fit its own configuration: {strange[0]}")
     for parameter in parameters.values():
         parameter.requires_grad_(trains)
     return model
@@ -190,10 +194,10 @@ def _is_same_base(own: str, other: str, folder: Path) -> bool:
 
 
 def _check_size(saved: SavedAdapter, place: str, kind: str, value: Tensor, module: nn.Module | None) -> None:
-    if module is None:
-        raise ValueError(f"{saved.name} is of another base: the model has no {place}")
     axis, side = (1, 0) if kind.endswith("A") else (0, 1)  # lora_A [r, in], lora_B [out, r]
     wanted = next((getattr(module, name) for name in WIDTHS[side] if hasattr(module, name)), None)
+    if wanted is None:
+        raise ValueError(f"{saved.name} is of another base: the model has no layer {place}")
     if wanted != value.shape[axis]:
         raise ValueError(
             f"{saved.name} is of another base: its {kind} of {place} is for {value.shape[axis]} numbers, "

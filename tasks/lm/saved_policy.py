@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +50,33 @@ def load_policy(
     if keys.pop("trust_remote_code", False):
         raise ValueError("trust_remote_code: code that comes with a model is never run")
     keys, there = read_quantized(keys), {"revision": revision, "token": token}
-    several = _read_json(base, ADAPTERS, **there)
-    if several is None and find_file(base, CONFIG, **there) is None:
-        model = load_causal(base, revision, "base", token=token, **keys)
-        return model if peft_config is None else add_adapter(model, config=peft_config)
-    if several is None:
-        several = {"adapters": {"default": not peft_config}, "at_work": ["default"]}
+    several = _several(base, **there)
+    if several is not None or find_file(base, CONFIG, **there):
+        return _under_adapters(base, several, is_trainable, peft_config, there, keys)
+    model = load_causal(base, revision, "base", token=token, **keys)
+    return model if peft_config is None else add_adapter(model, config=peft_config)
+
+
+def _under_adapters(base, several: dict[str, Any] | None, is_trainable: bool, peft_config, there, keys):
+    several = several or {"adapters": {"default": True}, "at_work": ["default"]}
+    if peft_config is not None and list(several["adapters"]) != ["default"]:
+        raise ValueError(f"peft_config: the policy in {base} has several adapters; merge it first")
     parts = {name: "" if name == "default" else name for name in several["adapters"]}
     saved = {name: _adapter_in(base, part, **there) for name, part in parts.items()}
     config = next(iter(saved.values())).config
     asked = config.base_model_name_or_path, config.revision or "main", "base"
-    model = load_causal(*asked, token=token, **keys)
+    model = load_causal(*asked, token=there["token"], **keys)
     if peft_config is not None:
-        if list(saved) != ["default"]:
-            raise ValueError(f"peft_config: the policy in {base} has several adapters; merge it first")
         model = put_on(model, saved["default"], REFERENCE)
         stack_adapter(model, peft_config)
         return model
     for name, learns in several["adapters"].items():
         model = put_on(model, saved[name], name, trains=learns and is_trainable)
-    return _set_to_work(model, several["at_work"])
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    model.base_model.set_adapter(several["at_work"])
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    return model
 
 
 def save_policy(model, folder: str | Path, **keys: Any) -> None:
@@ -95,7 +103,7 @@ def saved_reward_adapter(
     base: str | Path, revision: str = "main", token: str | bool | None = None
 ) -> tuple[SavedAdapter, str] | None:
     """The reward adapter that was saved with a policy, and its name; None: none was."""
-    name = (_read_json(base, ADAPTERS, revision, token) or {}).get("reward")
+    name = (_several(base, revision, token) or {}).get("reward")
     return None if name is None else (read_adapter(base, "base", name, revision, token), name)
 
 
@@ -109,17 +117,20 @@ def _adapter_in(base: str | Path, part: str, revision: str, token) -> SavedAdapt
     return saved
 
 
-def _set_to_work(model, names: list[str]):
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    model.base_model.set_adapter(names)
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
-    return model
-
-
-def _read_json(base: str | Path, name: str, revision: str = "main", token=None) -> dict[str, Any] | None:
-    path = find_file(base, name, revision, token)
-    return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+def _several(base: str | Path, revision: str = "main", token=None) -> dict[str, Any] | None:
+    """What `adapters.json` says; None: there is none."""
+    path = find_file(base, ADAPTERS, revision, token)
+    if path is None:
+        return None
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        names = {*facts["adapters"], *([facts["reward"]] if facts["reward"] else [])}
+        is_right = set(facts["at_work"]) <= set(facts["adapters"]) and bool(facts["at_work"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"base: {path} cannot be read: {error!r}") from error
+    if not is_right or not all(re.fullmatch(r"\w[\w-]*", name) for name in names):  # they name folders
+        raise ValueError(f"base: {path} does not describe adapters")
+    return facts
 
 
 def read_value_head(

@@ -124,6 +124,15 @@ def add_named(model, name: str, config, draws: bool = False) -> None:
     model.train(model.training)
 
 
+def take_off(model, name: str) -> None:
+    """The inverse of :func:`add_named`; of a model's only adapter nothing is taken off."""
+    if len(model.peft_config) > 1:
+        flags, names = [(p, p.requires_grad) for p in model.parameters()], at_work_on(model)
+        model.delete_adapter(name)
+        model.base_model.set_adapter(names)
+        _restore(flags)
+
+
 def weights_of(model, name: str) -> dict[str, nn.Parameter]:
     """The parameters of one adapter, by their names in the model."""
     found = {n: p for n, p in model.named_parameters(remove_duplicate=False)}

@@ -165,9 +165,17 @@ def test_plain_peft_takes_no_part_for_the_whole(tmp_path):
     saved_policy(tmp_path / "sft", base)
     Valued.from_pretrained(tmp_path / "sft", peft_config=lora()).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / "adapter_config.json").exists()
-    assert json.loads((tmp_path / "saved" / "adapters.json").read_text()) == {
-        "adapters": {"reference": False, "policy": True}, "at_work": ["reference", "policy"], "reward": None
-    }  # fmt: skip
+    path = tmp_path / "saved" / "adapters.json"
+    facts = {"adapters": {"reference": False, "policy": True}, "at_work": ["reference", "policy"]}
+    assert json.loads(path.read_text()) == facts | {"reward": None}
+    for change in ({"reward": "../../reward"}, {"at_work": ["x"]}, {"at_work": []}, {"adapters": {"a/b": 1}}):
+        path.write_text(json.dumps(facts | {"reward": None} | change))
+        with pytest.raises(ValueError, match=r"adapters\.json does not describe adapters"):
+            Valued.from_pretrained(tmp_path / "saved")
+    for text in ("{", "{}", "[]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"adapters\.json cannot be read"):
+            Valued.from_pretrained(tmp_path / "saved")
 
 
 def test_a_reward_adapter_that_does_not_fit_is_refused(tmp_path):
@@ -193,7 +201,7 @@ def test_a_reward_adapter_that_does_not_fit_is_refused(tmp_path):
 
     refused(tmp_path / "reward-other", r"is of the base .*other, the model is .*base; load .*other")
     refused(tmp_path / "reward-wide", r"over 32 numbers; one label over 16 is wanted")
-    refused(tmp_path / "reward-gpt2", r"of another base: the model has no transformer\.h\.0", blank=True)
+    refused(tmp_path / "reward-gpt2", r"of another base: the model has no layer transformer\.h\.0", blank=True)
     refused(tmp_path / "labels", "score head of 2 labels")
     refused(tmp_path / "headless", "has no score head; it must be trained as sequence classification")
     refused(tmp_path / "base", r"there is no adapter_config\.json in .*base")
@@ -202,6 +210,28 @@ def test_a_reward_adapter_that_does_not_fit_is_refused(tmp_path):
     tensors[name] = tensors[name][:, :5].contiguous()
     save_file(tensors, tmp_path / "reward-other" / "adapter_model.safetensors")
     refused(tmp_path / "reward-other", r"lora_A of .*down_proj is for 5 numbers, the model has 24", True)
+
+
+@pytest.mark.parametrize("fault", ["a tensor less", "a tensor more", "another rank"])
+def test_an_adapter_that_is_not_what_it_says_is_taken_off_again(tmp_path, fault):
+    base = saved_base(tmp_path / "base")
+    saved_scorer(tmp_path / "reward", base)
+    path = tmp_path / "reward" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith("down_proj.lora_B.weight"))
+    change = {
+        "a tensor less": {},
+        "a tensor more": {name: tensors[name], "base_model.model.lm_head.lora_A.weight": torch.ones(2, 16)},
+        "another rank": {name: tensors[name][:, :1].contiguous()},
+    }[fault]
+    del tensors[name]
+    save_file(tensors | change, path)
+    policy = Valued.from_pretrained(base, peft_config=lora())
+    before, flags = copied(policy), [p.requires_grad for p in policy.parameters()]
+    with pytest.raises(ValueError, match="does not fit its own configuration"):
+        policy.take_reward_adapter(load_reward_adapter(tmp_path / "reward"))
+    assert same_state(policy, before) and [p.requires_grad for p in policy.parameters()] == flags
+    assert policy.pretrained_model.active_adapters == ["default"] and not policy.supports_rm_adapter
 
 
 def test_a_reward_adapter_needs_a_policy_under_an_adapter(tmp_path):
