@@ -201,7 +201,7 @@ def test_a_reward_adapter_that_does_not_fit_is_refused(tmp_path):
 
     refused(tmp_path / "reward-other", r"is of the base .*other, the model is .*base; load .*other")
     refused(tmp_path / "reward-wide", r"over 32 numbers; one label over 16 is wanted")
-    refused(tmp_path / "reward-gpt2", r"of another base: the model has no layer transformer\.h\.0", blank=True)
+    refused(tmp_path / "reward-gpt2", r"another base: the model has no layer transformer\.h\.0", blank=True)
     refused(tmp_path / "labels", "score head of 2 labels")
     refused(tmp_path / "headless", "has no score head; it must be trained as sequence classification")
     refused(tmp_path / "base", r"there is no adapter_config\.json in .*base")
