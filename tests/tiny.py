@@ -41,6 +41,11 @@ T5 = {
     "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": PAD,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
 }  # fmt: skip
+BART = {
+    "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64,
+    "decoder_start_token_id": EOS,
+}  # fmt: skip
 DROPOUTS = (
     "attention_dropout hidden_dropout dropout resid_pdrop embd_pdrop attn_pdrop dropout_rate "
     "classifier_dropout hidden_dropout_prob attention_probs_dropout_prob seq_classif_dropout"
@@ -58,6 +63,9 @@ OWN_KEYS = {
     "gemma2": LLAMA | {"head_dim": 8},
     "t5": T5,
     "mt5": T5,
+    "bart": BART,
+    "marian": BART,
+    "m2m_100": BART,
     "ctrl": {"n_embd": 16, "dff": 24, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "electra": LLAMA | {"embedding_size": 12},
     "distilbert": {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64},

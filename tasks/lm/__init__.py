@@ -6,6 +6,10 @@ mask is named by what True means: `is_real`, `is_response`.
 """
 
 from tasks.lm.reference import create_reference_model
-from tasks.lm.value_head import AutoModelForCausalLMWithValueHead
+from tasks.lm.value_head import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 
-__all__ = ["AutoModelForCausalLMWithValueHead", "create_reference_model"]
+__all__ = [
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "create_reference_model",
+]

@@ -109,7 +109,8 @@ def put_on(model, saved: SavedAdapter, name: str, trains: bool = False):
     check_base(model, saved)
     config, bare = deepcopy(saved.config), unwrapped(model)
     has_head = any(isinstance(getattr(bare, head, None), nn.Module) for head in HEADS)
-    config.task_type = "SEQ_CLS" if has_head else "CAUSAL_LM"
+    speaks = "SEQ_2_SEQ_LM" if bare.config.is_encoder_decoder else "CAUSAL_LM"
+    config.task_type = "SEQ_CLS" if has_head else speaks
     others = [m for m in config.modules_to_save or [] if m not in HEADS]
     config.modules_to_save = config.modules_to_save if has_head else others or None
     if name in {part for place, _ in model.named_modules() for part in place.split(".")}:

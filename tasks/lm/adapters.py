@@ -22,7 +22,8 @@ def add_adapter(model: nn.Module, rank: int = 8, alpha: float = 16.0, config=Non
     """A peft model whose adapter is trainable, and with it the score head of a classification model, in full.
 
     Args:
-        model: a causal or sequence-classification model, quantised or not; it is changed in place.
+        model: a language model, causal or with an encoder, or one of sequence classification, quantised or
+            not; it is changed in place.
         rank: of LoRA (arXiv 2106.09685) on all linear layers but the head.
         alpha: LoRA's outputs are multiplied by alpha / rank.
         config: a peft configuration instead of rank and alpha; its task type becomes the model's, for of
@@ -40,7 +41,8 @@ def add_adapter(model: nn.Module, rank: int = 8, alpha: float = 16.0, config=Non
     if is_quantized(model):
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     has_head = any(isinstance(getattr(model, name, None), nn.Module) for name in HEADS)
-    config.task_type = TaskType.SEQ_CLS if has_head else TaskType.CAUSAL_LM
+    speaks = TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+    config.task_type = TaskType.SEQ_CLS if has_head else speaks
     return get_peft_model(model, config)
 
 
@@ -163,6 +165,8 @@ def _outputs(model: nn.Module, documents: Sequence[Sequence[int]]) -> list[Tenso
     model.eval()
     device, found = next(model.parameters()).device, []
     for ids in documents:
-        out = model(input_ids=torch.tensor([list(ids)], device=device))
+        row = torch.tensor([list(ids)], device=device)
+        more = {"decoder_input_ids": row} if model.config.is_encoder_decoder else {}
+        out = model(input_ids=row, **more)
         found.append((out[0], out[2]) if isinstance(out, tuple) else (out.logits,))
     return [torch.cat([each.flatten().double() for each in part]) for part in zip(*found, strict=True)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -15,9 +16,9 @@ from tasks.lm.forest import unwrapped
 
 @contextmanager
 def recompute_blocks(model: nn.Module, is_wanted: bool = True) -> Iterator[None]:
-    """Inside, blocks compute their activations again in the backward; dropout stays as it is.
+    """Inside, blocks compute their activations again in the backward; all modules stay in their modes.
 
-    Only the blocks themselves are told that they train, not the layers in them. The backward must run inside.
+    transformers' own way asks the blocks to be in training mode, in which those of OPT and BART drop out.
 
     Args:
         model: with a `pretrained_model`, or bare.
@@ -33,12 +34,14 @@ def recompute_blocks(model: nn.Module, is_wanted: bool = True) -> Iterator[None]
     blocks = [m for m in bare.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not blocks:
         raise ValueError(f"gradient_checkpointing: {type(bare).__name__} does not support it")
-    before = [(block.training, block.gradient_checkpointing) for block in blocks]
     for block in blocks:
-        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        block.training = block.gradient_checkpointing = True
+        block.forward = partial(_again, block.forward)
     try:
         yield
     finally:
-        for block, (was_training, was_wanted) in zip(blocks, before, strict=True):
-            block.training, block.gradient_checkpointing = was_training, was_wanted
+        for block in blocks:
+            del block.forward
+
+
+def _again(forward: Callable, *args: Any, **keys: Any) -> Any:
+    return checkpoint(partial(forward, **keys), *args, use_reentrant=False)

@@ -36,13 +36,33 @@ def calls_of(modules: Sequence[nn.Module]) -> Iterator[list[Call]]:
             hook.remove()
 
 
+@contextmanager
+def states_of(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What a value head reads in each forward while the context is open, [..., H].
+
+    Those are the states that reach the output embeddings; with an encoder, those that the decoder gives,
+    which T5 scales on their way.
+    """
+    bare, found = unwrapped(model), []
+    decoder = bare.get_decoder() if bare.config.is_encoder_decoder else None
+    if decoder is None or decoder.get_output_embeddings() is not None:  # two models coupled: it has the head
+        head = bare.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    else:
+        hook = decoder.register_forward_hook(lambda _, inputs, out: found.append(out[0]))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
 class ValueBranch(nn.Module):
-    """Trainable copies of the last k blocks, and of what stands between them and the output embeddings.
+    """Trainable copies of the last k blocks, and of what stands between them and the model's last states.
 
     Copies of layers under an adapter are plain: what it adds is merged into them.
 
     Args:
-        model: a causal language model, bare or under PEFT; unchanged.
+        model: a language model, bare or under PEFT; unchanged. With an encoder, the blocks are the decoder's.
         layers: k.
 
     Raises:
@@ -87,7 +107,7 @@ class ValueBranch(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """One linear layer over what reaches the output embeddings, or over blocks of its own; float32.
+    """One linear layer over the model's last states, or over blocks of its own; float32.
 
     Args:
         hidden_size: H.
@@ -166,15 +186,16 @@ def _trial(model: nn.Module, originals: Sequence[nn.Module]) -> tuple[list[Call]
     for module in bare.modules():
         hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     tokens = torch.arange(4, device=head.weight.device)[None] % len(head.weight)
+    asked = {"decoder_input_ids": tokens} if bare.config.is_encoder_decoder else {}
     try:
-        with calls_of([*originals, head]) as calls:
-            bare.eval()(input_ids=tokens, use_cache=False)
+        with calls_of(originals) as calls, states_of(bare) as states:
+            bare.eval()(input_ids=tokens, use_cache=False, **asked)
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in modes:
             module.training = mode
-    return calls[:-1], between[: between.index(head)], calls[-1][0][0]
+    return calls, between[: between.index(head)], states[0]
 
 
 def _plain_copies(modules: Sequence[nn.Module]) -> nn.ModuleList:

@@ -2,7 +2,8 @@
 
 A model that serves the forest reads its prompts in a row without padding, then each row's new token over a
 :class:`tasks.lm.cache.RowCache`; any other model reads padded rows, with the cache that it makes itself. Both
-ways read a prompt that several rows share once, and both give up rows that have ended.
+ways read a prompt that several rows share once, and both give up rows that have ended. An encoder-decoder's
+prompts are read by its encoder (:mod:`tasks.lm.target_decoding`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from tasks.lm.forest import (
     serve_forest,
     unwrapped,
 )
+from tasks.lm.seq2seq import is_seq2seq
 from tasks.lm.sequences import left_pad, positions_of
+from tasks.lm.target_decoding import TargetDecoder
 
 PREFILL_TOKENS = 8192  # most of one forward over several prompts
 
@@ -62,6 +65,8 @@ def decoder_of(model, prompts: Sequence[Sequence[int]], room: int, dtype: torch.
         if not distinct or prompt != distinct[-1]:
             distinct.append(prompt)
         of.append(len(distinct) - 1)
+    if is_seq2seq(model):
+        return TargetDecoder(model, distinct, of)
     if has_forest(model):
         if dtype is not None and model.device.type == "cpu":
             dtype = torch.float32  # attention over one token a row is twice as fast as in bfloat16

@@ -244,10 +244,9 @@ def run_forest(model, forest: Forest, **keys):
 def proven(model) -> Iterator[None]:
     """Proof, after a forward, that every layer went through the forest attention, windows named."""
     bare = unwrapped(model)
-    config = bare.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * _attentions(config)
-    kinds = kinds[_layers.get()]
-    wanted = _attentions(config) if config.is_encoder_decoder else len(kinds)
+    config, layers = bare.config.get_text_config(), _layers.get()
+    kinds = (getattr(config, "layer_types", None) or ["sliding_attention"] * _attentions(config))[layers]
+    wanted = _attentions(config, layers) if config.is_encoder_decoder else len(kinds)
     windows = 0 if getattr(config, "sliding_window", None) is None else kinds.count("sliding_attention")
     seen: list[int | None] = []
     outer = _windows.set(seen)
@@ -285,7 +284,11 @@ def first_position(model) -> int:
     return 0 if padding is None else padding + 1
 
 
-def _attentions(config) -> int:
-    """Calls of one forward: one a layer, and in a decoder that has an encoder one more."""
-    own = config.num_hidden_layers
-    return own + 2 * config.num_decoder_layers if config.is_encoder_decoder else own
+def _attentions(config, layers: slice = slice(None)) -> int:
+    """Calls of one forward: one a layer; in a decoder that has an encoder two, and one a layer of that.
+
+    Where but some of such a decoder's layers run, the encoder runs with the first.
+    """
+    if not config.is_encoder_decoder:
+        return config.num_hidden_layers
+    return 2 * len(range(config.num_decoder_layers)[layers]) + config.num_hidden_layers * (not layers.start)

@@ -12,10 +12,11 @@ def freeze_layers(model: nn.Module, num_layers_unfrozen: int | None) -> None:
     """Leave trainable only what runs after the frozen trunk: the last k blocks, the last norm, the head.
 
     The trunk's outputs then stay what they were. Embeddings belong to it, and with them a head that is tied
-    to them. What is frozen already stays so (the base weights under an adapter).
+    to them; the last blocks of an encoder-decoder are the decoder's, and its trunk the whole encoder and the
+    rest of the decoder. What is frozen already stays so (the base weights under an adapter).
 
     Args:
-        model: a causal language model, a reward model or an encoder, bare or under PEFT.
+        model: a language model, a reward model or an encoder, bare or under PEFT.
         num_layers_unfrozen: k; 0: the head and the last norm alone; None: nothing is frozen.
 
     Raises:
@@ -40,16 +41,21 @@ def trunk_of(model: nn.Module, layers: int) -> list[nn.Module]:
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
-    """The stack of a model's blocks, first to last.
+    """The stack of a model's blocks, first to last; the decoder's where there is an encoder.
 
     Raises:
-        ValueError: there is no one stack (encoder-decoders have two).
+        ValueError: there is no one stack.
     """
     bare = unwrapped(model)
-    layers = bare.config.get_text_config().num_hidden_layers
-    stacks = [m for m in bare.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    if len(stacks) != 1 or bare.config.is_encoder_decoder:
-        raise ValueError(f"{type(bare).__name__} has no one stack of {layers} blocks to freeze")
+    if bare.config.is_encoder_decoder:
+        stacks = [m for m in bare.get_decoder().children() if isinstance(m, nn.ModuleList)]
+        what = "one stack of blocks in a decoder"
+    else:
+        layers = bare.config.get_text_config().num_hidden_layers
+        stacks = [m for m in bare.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+        what = f"one stack of {layers} blocks"
+    if len(stacks) != 1:
+        raise ValueError(f"{type(bare).__name__} has no {what} to freeze")
     return stacks[0]
 
 
@@ -68,8 +74,12 @@ def _run_before(model: nn.Module, blocks: nn.ModuleList, trunk: int) -> list[nn.
         hooks.append(blocks[trunk].register_forward_pre_hook(lambda *_: is_over.append(True), prepend=True))
     else:
         hooks.append(blocks[-1].register_forward_hook(lambda *_: is_over.append(True)))
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(bare.parameters()).device)
     try:
-        bare(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(bare.parameters()).device))
+        if bare.config.is_encoder_decoder:  # without a head of classes, which looks for eos
+            bare.base_model(input_ids=token, decoder_input_ids=token)
+        else:
+            bare(input_ids=token)
     finally:
         for hook in hooks:
             hook.remove()

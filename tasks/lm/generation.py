@@ -18,10 +18,10 @@ from numpy.random import Philox
 from torch import Tensor
 
 from tasks.lm.decoding import decoder_of, prepared
-from tasks.lm.heads import check_causal
 from tasks.lm.prepack import prepacked
 from tasks.lm.products import default_products
-from tasks.lm.scoring import room_of
+from tasks.lm.room import Room, speaking_room
+from tasks.lm.seq2seq import check_speaker
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16}
 FEW = 0.75  # when no more of the rows than this are left, the others leave the batch
@@ -101,7 +101,7 @@ def generate(
     The model is left as it was, and no global random state is touched.
 
     Args:
-        model: a causal language model.
+        model: a language model, causal or with an encoder, which reads the prompts then.
         prompts: B lists or vectors of token ids; equal ones are read once.
         max_tokens: most tokens of a response: of all, or of each row. R is the largest.
         eos_id: ends a response; None: nothing does.
@@ -123,9 +123,9 @@ def generate(
     """
     prompts = [prompt.tolist() if isinstance(prompt, Tensor) else list(prompt) for prompt in prompts]
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
-    _check_rows(prompts, limits, uniforms, room_of(model))
+    _check_rows(prompts, limits, uniforms, speaking_room(model))
     _check_numbers(temperature, top_k, top_p, min_tokens, rows, dtype)
-    check_causal(model)
+    check_speaker(model)
     width = max_tokens if isinstance(max_tokens, int) else max(limits, default=0)
     tokens = torch.full((len(prompts), width), pad_id, device=model.device)
     is_response = torch.zeros_like(tokens, dtype=torch.bool)
@@ -196,7 +196,7 @@ def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-def _check_rows(prompts, limits: Sequence[int], uniforms: Tensor | None, room: int | None) -> None:
+def _check_rows(prompts, limits: Sequence[int], uniforms: Tensor | None, room: Room) -> None:
     if len(limits) != len(prompts):
         raise ValueError(f"max_tokens has {len(limits)} rows, prompts {len(prompts)}")
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
@@ -204,10 +204,10 @@ def _check_rows(prompts, limits: Sequence[int], uniforms: Tensor | None, room: i
             raise ValueError(f"max_tokens of row {i} is {limit}; a response has at least one token")
         if len(prompt) == 0:
             raise ValueError(f"prompts: row {i} is empty")
-        if room is not None and len(prompt) + limit > room:
+        if not room.holds(len(prompt), limit):
             raise ValueError(
                 f"prompts: row {i} has {len(prompt)} tokens, with a response of {limit} too many for the "
-                f"model's {room} positions"
+                f"model's {room.tokens} positions"
             )
     wanted = (len(prompts), max(limits, default=0))
     if uniforms is not None and (uniforms.shape[0] != wanted[0] or uniforms.shape[1] < wanted[1]):

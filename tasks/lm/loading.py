@@ -84,6 +84,13 @@ def load_causal(base: str | Path, revision: str = "main", key: str = "model.base
     return _load(AutoModelForCausalLM, base, key, revision=revision, **keys)
 
 
+def load_seq2seq(base: str | Path, revision: str = "main", key: str = "model.base", **keys):
+    """An encoder-decoder with output embeddings, of float32 weights; arguments and errors as the above's."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    return _load(AutoModelForSeq2SeqLM, base, key, revision=revision, **keys)
+
+
 def load_reward(base: str | Path, revision: str = "main", key: str = "model.base", **keys):
     """A sequence-classification model with one label, float32; another model gets a fresh score head.
 

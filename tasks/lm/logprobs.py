@@ -150,22 +150,22 @@ class _Head:
         self.states, self.dtype = states, dtype
         self.weight, self.bias = (None if x is None else x.to(dtype) for x in (weight, bias))
         self.vocabulary = states.shape[1] if weight is None else len(weight)
-        sums = (states, states.dtype), (weight, torch.float32), (bias, torch.float32)
-        self.gradients = [
-            torch.zeros_like(x, dtype=sum_dtype) if need else None
-            for (x, sum_dtype), need in zip(sums, needs, strict=True)
-        ]
+        of_states = torch.zeros_like(states) if needs[0] else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
+        self.gradients, self.needs_weight = [of_states, None, of_bias], needs[1]
 
     def at(self, places: Tensor) -> Tensor:
         """[C] -> [C, H]."""
         return self.states.index_select(0, places).to(self.dtype)
 
+    def logits(self, some: Tensor, temperature: float = 1.0) -> Tensor:
+        """[C, H] -> [C, V]; float32 where a temperature divides them."""
+        logits = some if self.weight is None else functional.linear(some, self.weight, self.bias)
+        return logits if temperature == 1.0 else logits.float() / temperature
+
     def logp(self, some: Tensor, temperature: float = 1.0) -> Tensor:
         """[C, H] -> [C, V] float32."""
-        logits = some if self.weight is None else functional.linear(some, self.weight, self.bias)
-        if temperature != 1.0:
-            logits = logits.float() / temperature
-        return logits.log_softmax(-1, dtype=torch.float32)
+        return self.logits(some, temperature).log_softmax(-1, dtype=torch.float32)
 
     def add(self, places: Tensor, some: Tensor, slopes: Tensor) -> None:
         """What the slopes [C, V] of the logits of some places mean for all three."""
@@ -176,8 +176,15 @@ class _Head:
         if of_states is not None:
             found = slopes if self.weight is None else slopes @ self.weight
             of_states.index_copy_(0, places, found.to(of_states.dtype))
-        if of_weight is not None:
-            _add_product(of_weight, slopes.mT, some)
+        if self.needs_weight:
+            self.gradients[1] = _plus_product(of_weight, slopes.mT, some)
+
+    def sums(self) -> tuple[Tensor | None, ...]:
+        """The gradients of states, embeddings and bias; None where none is wanted."""
+        of_states, of_weight, of_bias = self.gradients
+        if self.needs_weight and of_weight is None:
+            of_weight = torch.zeros_like(self.weight, dtype=torch.float32)
+        return of_states, of_weight, of_bias
 
 
 def product_dtype(states: Tensor) -> torch.dtype:
@@ -186,13 +193,16 @@ def product_dtype(states: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """`total + a @ b` in float32, written over the total; None: nothing yet."""
+    if total is None:
+        is_low = a.is_cuda and a.dtype != torch.float32
+        return torch.mm(a, b, out_dtype=torch.float32) if is_low else (a @ b).float()
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
+        return total.addmm_(a, b)
+    if total.is_cuda:
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.add_(a @ b)
 
 
 def _add_at(total: Tensor, places: Tensor, values: Tensor) -> Tensor:
@@ -202,29 +212,48 @@ def _add_at(total: Tensor, places: Tensor, values: Tensor) -> Tensor:
     return total.index_add_(0, places, values)  # a plain loop; index_put_ may have atomics
 
 
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities [C, V], the largest logit and the logarithm of its probability, [C]; float32.
+
+    log p = z − largest + its log p: that is at least −log V, and so exact. A softmax takes half of what a
+    log-softmax and an exponential take.
+    """
+    p = logits.softmax(-1, dtype=torch.float32)
+    largest, where = logits.max(-1)
+    return p, largest.float(), p.gather(1, where[:, None])[:, 0].log()
+
+
+def _entropy(logits: Tensor, p: Tensor, largest: Tensor, of_it: Tensor) -> Tensor:
+    """Entropy of each row, log Σ exp z − Σ p z; what :func:`_softmax` gives. -> [C]."""
+    mean = torch.linalg.vecdot(p, logits.float())
+    if mean.isnan().any():  # a token of no probability: 0 · −∞ is 0
+        mean = torch.linalg.vecdot(p, logits.float().masked_fill(p == 0, 0))
+    return largest - mean - of_it
+
+
 def _slopes(
-    logp: Tensor, rows: Tensor, tokens: Tensor, of_logp: Tensor, spread: tuple[Tensor, Tensor] | None = None
+    p: Tensor, rows: Tensor, tokens: Tensor, of_logp: Tensor, spread: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Slopes with respect to the logits, written over log p. -> [C, V].
+    """Slopes with respect to the logits, written over the probabilities p. -> [C, V].
 
     In a row whose tokens t have upstream gradients g, and whose entropy H has e in all:
     Σ g·onehot(t) − p (Σ g + e (log p + H)).
 
     Args:
-        logp: [C, V].
+        p: [C, V].
         rows: [n], of each prediction.
         tokens: [n].
         of_logp: [n] g.
         spread: upstream gradients of the predictions' entropies [n], and H [C].
     """
-    total = _add_at(logp.new_zeros(len(logp)), rows, of_logp)[:, None]
+    total = _add_at(p.new_zeros(len(p)), rows, of_logp)[:, None]
     if spread is None:
-        slopes = logp.exp_().mul_(-total)
+        slopes = p.mul_(-total)
     else:
-        of_entropy = _add_at(logp.new_zeros(len(logp)), rows, spread[0])[:, None]
-        p = logp.exp()
-        slopes = logp.add_(spread[1][:, None]).mul_(of_entropy).add_(total).mul_(p).neg_()
-    _add_at(slopes.view(-1), rows * logp.shape[1] + tokens, of_logp)
+        of_entropy = _add_at(p.new_zeros(len(p)), rows, spread[0])[:, None]
+        surprise = p.log().clamp_(min=torch.finfo(p.dtype).min).add_(spread[1][:, None])  # 0 · log 0 is 0
+        slopes = surprise.mul_(of_entropy).add_(total).mul_(p).neg_()
+    _add_at(slopes.view(-1), rows * p.shape[1] + tokens, of_logp)
     return slopes
 
 
@@ -240,8 +269,8 @@ class _SummedNLL(torch.autograd.Function):
             logp = head.logp(some)
             total -= (weights * logp[chunk.rows, wanted]).sum()
             if any(needs):
-                head.add(chunk.places, some, _slopes(logp, chunk.rows, wanted, -weights))
-        ctx.gradients = head.gradients
+                head.add(chunk.places, some, _slopes(logp.exp_(), chunk.rows, wanted, -weights))
+        ctx.gradients = head.sums() if any(needs) else (None, None, None)
         return total
 
     @staticmethod
@@ -264,16 +293,17 @@ class _ReadTokens(torch.autograd.Function):
         best = torch.empty_like(tokens) if with_best else None
         room = KEPT_LOGITS.get(states.device.type, 0) if is_training else 0
         for chunk in ctx.chunks:
-            logp = head.logp(head.at(chunk.places), temperature)
-            logprobs[chunk.which] = logp[chunk.rows, tokens[chunk.which]]
+            logits = head.logits(head.at(chunk.places), temperature)
+            p, largest, of_it = _softmax(logits)
+            said = logits[chunk.rows, tokens[chunk.which]].float()
+            logprobs[chunk.which] = said - largest[chunk.rows] + of_it[chunk.rows]
             if with_entropy:
-                finite = logp.clamp(min=torch.finfo(logp.dtype).min)  # 0 · log 0 is 0
-                ctx.entropies.append(-logp.exp().mul_(finite).sum(-1))  # a third of what special.entr takes
+                ctx.entropies.append(_entropy(logits, p, largest, of_it))
                 entropy[chunk.which] = ctx.entropies[-1][chunk.rows]
             if with_best:
-                best[chunk.which] = logp.argmax(-1)[chunk.rows]
-            room -= logp.numel()
-            ctx.kept.append(logp if room >= 0 else None)
+                best[chunk.which] = logits.argmax(-1)[chunk.rows]
+            room -= p.numel()
+            ctx.kept.append(p if room >= 0 else None)
         ctx.save_for_backward(states, weight, bias, tokens)
         return logprobs, entropy, best
 
@@ -287,11 +317,11 @@ class _ReadTokens(torch.autograd.Function):
             of_logprobs = torch.zeros(len(tokens), device=states.device)
         for i, chunk in enumerate(ctx.chunks):
             some = head.at(chunk.places)
-            logp = head.logp(some, ctx.temperature) if kept[i] is None else kept[i]
+            p = _softmax(head.logits(some, ctx.temperature))[0] if kept[i] is None else kept[i]
             ahead, spread = of_logprobs[chunk.which] / ctx.temperature, None
             if of_entropy is not None:
                 spread = of_entropy[chunk.which] / ctx.temperature, ctx.entropies[i]
-            slopes = _slopes(logp, chunk.rows, tokens[chunk.which], ahead, spread)
+            slopes = _slopes(p, chunk.rows, tokens[chunk.which], ahead, spread)
             head.add(chunk.places, some, slopes)
             kept[i] = None
-        return *head.gradients, None, None, None
+        return *head.sums(), None, None, None

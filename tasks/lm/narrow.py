@@ -30,6 +30,7 @@ def last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
     block = _last_block(model)
     mlp = getattr(block, "mlp", None)
     runs_again = getattr(block, "gradient_checkpointing", False) and block.training  # when the hooks are gone
+    runs_again = runs_again or "forward" in getattr(block, "__dict__", ())  # by tasks.lm.checkpointing
     if not isinstance(mlp, nn.Module) or runs_again or not len(places):
         yield
         return
@@ -58,6 +59,8 @@ def last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
 
 def _last_block(model: nn.Module) -> nn.Module | None:
     bare = unwrapped(model)
+    if bare.config.is_encoder_decoder:  # the places are the decoder's
+        return None
     layers = getattr(bare.config.get_text_config(), "num_hidden_layers", 0)
     stacks = [m for m in bare.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     return stacks[0][-1] if len(stacks) == 1 and layers else None

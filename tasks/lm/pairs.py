@@ -1,15 +1,15 @@
 """Sources and targets of an encoder-decoder (T5), packed: each target sees itself and its own source.
 
 T5 has no positions but a bias that depends on how far a key stands from a query: it is the same wherever a
-document stands, so that the row's first rows and columns serve all. The model makes it for the whole row,
-heads · T² numbers a forward: keep rows to some thousand tokens.
+document stands, so that one of the longest document's size serves all; the model itself would make it for
+the whole row, heads · T² numbers a forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,29 +43,37 @@ class Pairs:
         return self.cross if module.is_decoder else self.sources.sight
 
 
-def plant_pairs(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], start_id: int) -> Pairs:
+def plant_pairs(
+    sources: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+    start_id: int,
+    of: Sequence[int] | None = None,
+) -> Pairs:
     """Lay sources in one row and their targets, to be predicted, in another.
 
     Args:
-        sources: B token lists.
+        sources: token lists.
         targets: B token lists, each with its eos.
         start_id: the model's `decoder_start_token_id`.
+        of: the source of each target, several of which may share one; None: each has its own.
 
     Raises:
         ValueError: an empty source or target, or not as many of the one as of the other.
     """
-    if len(sources) != len(targets):
-        raise ValueError(f"{len(sources)} sources, but {len(targets)} targets")
+    of = range(len(sources)) if of is None else of
+    if len(of) != len(targets):
+        raise ValueError(f"{len(of)} sources, but {len(targets)} targets")
     empty = [i for i, target in enumerate(targets) if not target]
     if empty:
         raise ValueError(f"target {empty[0]} is empty")
     seen = plant([Segment(tokens) for tokens in sources], is_causal=False)
     asking = plant([Segment((start_id, *tokens[:-1])) for tokens in targets])
+    places = _places(seen)
     return Pairs(
         sources=seen,
         targets=asking,
         labels=torch.tensor([token for tokens in targets for token in tokens]),
-        cross=look(_places(asking), _places(seen), is_causal=False),
+        cross=look(_places(asking), [places[source] for source in of], is_causal=False),
     )
 
 
@@ -82,6 +90,7 @@ def run_pairs(model, pairs: Pairs, **keys):
     bare = unwrapped(model)
     if bare.config.model_type not in RELATIVE:
         raise ValueError(f"{type(bare).__name__} is none of {', '.join(RELATIVE)}")
+    _bound_biases(bare)
     mask = NO_MASK.to(pairs.labels.device)
     with proven(model):
         return model(
@@ -93,3 +102,43 @@ def run_pairs(model, pairs: Pairs, **keys):
             use_cache=False,
             **keys,
         )
+
+
+def _bound_biases(bare) -> None:
+    """Have the model's attentions make no bias larger than the pairs need."""
+    for module in bare.modules():
+        if hasattr(module, "compute_bias") and _bounded not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_bounded, with_kwargs=True)
+
+
+def _bounded(module, args: tuple, keys: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """The first block's bias, which the others get from it. The hook stays: a checkpoint runs it again."""
+    pairs = keys.get("forest")
+    if not isinstance(pairs, Pairs) or keys.get("position_bias") is not None:
+        return None
+    if module.has_relative_attention_bias:
+        bias = _bias_of(module, pairs)
+    else:  # across there is none
+        bias = args[0].new_zeros(1, module.n_heads, 1, 1)
+    return args, keys | {"position_bias": bias}
+
+
+def _bias_of(attention, pairs: Pairs) -> Tensor:
+    longest = max((pairs.targets if attention.is_decoder else pairs.sources).lengths)
+    return attention.compute_bias(longest, longest)
+
+
+def handed_on(first, hidden: Tensor, mask=None, bias: Tensor | None = None, *_, forest=None, **__) -> tuple:
+    """What a block of T5's decoder gives that computes nothing: its input, and the bias for those above.
+
+    Args:
+        first: the decoder's first block, which has the bias.
+        hidden: [..., T, H].
+        mask: not needed.
+        bias: that came; None: it is made here.
+        forest: the pairs; None: padded rows.
+    """
+    if bias is None:
+        attention, width = first.layer[0].SelfAttention, hidden.shape[-2]
+        bias = attention.compute_bias(width, width) if forest is None else _bias_of(attention, forest)
+    return hidden, bias, None

@@ -64,6 +64,8 @@ class ScoredByAdapter(nn.Module):
                 "reward_adapter: it stands beside the policy's adapter, and the policy has none; give "
                 "peft_config, or use the merged reward model (tasks.ppo.reward_functions.from_model)"
             )
+        if model.config.is_encoder_decoder:
+            raise ValueError("reward_adapter: encoder-decoders have no last token to read; use from_model")
         weight = saved.head.get("weight")
         if weight is None:
             raise ValueError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ def load_policy(
     is_trainable: bool = True,
     *,
     peft_config=None,
+    load: Callable = load_causal,
     revision: str = "main",
     token=None,
     **keys: Any,
@@ -36,9 +39,10 @@ def load_policy(
     """The language model of a folder or of the Hub; under its adapters, where these are what is there.
 
     Args:
-        base: holds a causal language model, or an adapter whose configuration names its model.
+        base: holds a language model, or an adapter whose configuration names its model.
         is_trainable: whether the adapter is to be trained further.
         peft_config: of a fresh adapter; one that `base` holds is frozen below it.
+        load: of :mod:`tasks.lm.loading`, for models of the wanted kind.
         revision: on the Hub, of `base`.
         token: for the Hub.
         keys: for transformers' `from_pretrained`.
@@ -52,12 +56,15 @@ def load_policy(
     keys, there = read_quantized(keys), {"revision": revision, "token": token}
     several = _several(base, **there)
     if several is not None or find_file(base, CONFIG, **there):
-        return _under_adapters(base, several, is_trainable, peft_config, there, keys)
-    model = load_causal(base, revision, "base", token=token, **keys)
+        model = partial(load, token=token, **keys)
+        return _under_adapters(base, several, is_trainable, peft_config, model, there)
+    model = load(base, revision, "base", token=token, **keys)
     return model if peft_config is None else add_adapter(model, config=peft_config)
 
 
-def _under_adapters(base, several: dict[str, Any] | None, is_trainable: bool, peft_config, there, keys):
+def _under_adapters(
+    base, several: dict[str, Any] | None, is_trainable: bool, peft_config, load: Callable, there
+):
     several = several or {"adapters": {"default": True}, "at_work": ["default"]}
     if peft_config is not None and list(several["adapters"]) != ["default"]:
         raise ValueError(f"peft_config: the policy in {base} has several adapters; merge it first")
@@ -65,7 +72,7 @@ def _under_adapters(base, several: dict[str, Any] | None, is_trainable: bool, pe
     saved = {name: _adapter_in(base, part, **there) for name, part in parts.items()}
     config = next(iter(saved.values())).config
     asked = config.base_model_name_or_path, config.revision or "main", "base"
-    model = load_causal(*asked, token=there["token"], **keys)
+    model = load(*asked)
     if peft_config is not None:
         model = put_on(model, saved["default"], REFERENCE)
         stack_adapter(model, peft_config)

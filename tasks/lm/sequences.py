@@ -1,4 +1,4 @@
-"""Prompts and responses in padded tensors, and what a causal model says of each response token.
+"""Prompts and responses in padded tensors, and what a language model says of each response token.
 
 The tensors are padded, the forward is not: a model that serves the forest sees the real tokens only, any
 other model the padded rows; the numbers are the same.
@@ -19,8 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tasks.lm.critic import calls_of
 from tasks.lm.forest import Forest, Segment, first_position, has_forest, plant, run_forest
 from tasks.lm.heads import Predictions, predict
+from tasks.lm.seq2seq import is_seq2seq, predict_targets
 from tasks.lm.switching import at_work
-from tasks.lm.trunk import TrunkStates, given_trunk, shares_trunk, trunk_alone
+from tasks.lm.trunk import TrunkStates, encoder_states, given_trunk, shares_trunk, trunk_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ def read_responses(
     """Log-probability and entropy (nats) of each response token, and its value where the model has them.
 
     Args:
-        model: a causal language model, or one with a value head.
+        model: a language model, causal or with an encoder; or one with a value head.
         sequences: B rows.
         temperature: the logits are divided by it.
         entropy: whether it is wanted.
@@ -186,16 +187,17 @@ def read_responses(
 
 @torch.no_grad()
 def read_trunk(causal, sequences: Sequences, depth: int) -> TrunkStates:
-    """What the first blocks of a causal model make of B rows; nothing else of it runs.
+    """What the first blocks of a model make of B rows; nothing else of it runs, but for its encoder.
 
     Args:
-        causal: bare or under PEFT.
+        causal: a language model, bare or under PEFT; with an encoder, the blocks are the decoder's.
         sequences: B rows.
         depth: blocks.
     """
-    with trunk_alone(causal, depth) as seen:
+    with trunk_alone(causal, depth) as seen, encoder_states(causal) as read:
         _, _, where = _predict(causal, sequences)
-    return TrunkStates(depth, seen[0].flatten(0, -2), where)
+    states = [each[0].flatten(0, -2) for each in (read, seen) if each]
+    return TrunkStates(depth, torch.cat(states), where)
 
 
 @torch.no_grad()
@@ -246,10 +248,12 @@ def response_logprobs(
 def _predict(
     causal, sequences: Sequences, trunk: TrunkStates | None = None
 ) -> tuple[Predictions, Tensor, Tensor]:
-    """A causal model's predictions of the N response tokens, and where in its hidden states they stand.
+    """A model's predictions of the N response tokens, and where in its hidden states they stand.
 
     And where each token stands there, [B, S].
     """
+    if is_seq2seq(causal):
+        return predict_targets(causal, sequences, trunk)
     if has_forest(causal):
         forest, places, where = plant_sequences(sequences)
         with _from(causal, trunk, where, sequences.is_real, (len(forest.tokens),)):

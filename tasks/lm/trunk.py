@@ -10,19 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from tasks.lm.forest import running_only, unwrapped
+from tasks.lm.forest import RELATIVE, running_only, unwrapped
 from tasks.lm.freezing import blocks_of, trunk_of
+from tasks.lm.pairs import handed_on
 
+WITH_ENCODER = (*RELATIVE, "bart", "blenderbot", "m2m_100", "marian", "mbart", "pegasus")  # tried
 WITH_WEIGHTS = ("bloom", "gptj")  # whose blocks give their attention's weights as well
 
 
 @dataclass(frozen=True, slots=True)
 class TrunkStates:
     """What enters block `depth` at every real token of B rows; equal prompts may have one state for all.
+
+    With an encoder these are its states at the prompts' tokens, and the decoder's at the places that predict
+    the responses'.
 
     Miniature: rows `5 6 8` and `_ 7 9` (one padded) with H = 2 -> states [5, 2], places [[0, 1, 2], [0, 3,
     4]].
@@ -67,6 +73,9 @@ def frozen_depth(model: nn.Module) -> int:
     Args:
         model: a causal language model, bare or under PEFT.
     """
+    config = unwrapped(model).config
+    if config.is_encoder_decoder and config.model_type not in WITH_ENCODER:
+        return 0
     try:
         blocks = blocks_of(model)
     except ValueError:  # no one stack of blocks
@@ -145,18 +154,35 @@ def trunk_alone(model: nn.Module, depth: int) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
+def encoder_states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What a model's encoder gives in the forwards inside, [..., H]; nothing where there is none."""
+    bare, seen = unwrapped(model), []
+    if not bare.config.is_encoder_decoder:
+        yield seen
+        return
+    hook = bare.get_encoder().register_forward_hook(lambda _, inputs, out: seen.append(out[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def given_trunk(model: nn.Module, depth: int, states: Tensor) -> Iterator[None]:
     """Inside, the first `depth` ≥ 1 blocks compute nothing: the last of them hands on `states`, [..., H]."""
     *below, last = blocks_of(model)[:depth]
     hand_on = _hand_on(model)
-    forwards = dict.fromkeys(below, hand_on) | {last: lambda *_, **__: hand_on(states)}
+    forwards = dict.fromkeys(below, hand_on) | {last: lambda _, *args, **keys: hand_on(states, *args, **keys)}
     with _replaced(forwards), running_only(slice(depth, None)):
         yield
 
 
 def _hand_on(model: nn.Module) -> Callable:
     """The forward of a block that computes nothing, in the form in which the model's blocks give theirs."""
-    if unwrapped(model).config.model_type in WITH_WEIGHTS:
+    kind = unwrapped(model).config.model_type
+    if kind in RELATIVE:
+        return partial(handed_on, blocks_of(model)[0])
+    if kind in WITH_WEIGHTS:
         return lambda hidden, *_, **__: (hidden, None)
     return lambda hidden, *_, **__: hidden
 

@@ -1,20 +1,22 @@
-"""A causal language model with a scalar output for every token; the API is that of TRL 0.11."""
+"""Language models with a scalar output for every token; the API is that of TRL 0.11."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tasks.lm.adapters import add_adapter, has_adapter
-from tasks.lm.critic import ValueBranch, ValueHead, branch_layers, calls_of
+from tasks.lm.critic import ValueBranch, ValueHead, branch_layers, calls_of, states_of
 from tasks.lm.forest import first_position, unwrapped
 from tasks.lm.heads import check_causal
 from tasks.lm.hub import VALUE_HEAD
+from tasks.lm.loading import load_causal, load_seq2seq
 from tasks.lm.reward_adapter import REWARD, ScoredByAdapter, load_reward_adapter
 from tasks.lm.saved_policy import (
     load_policy,
@@ -23,24 +25,31 @@ from tasks.lm.saved_policy import (
     saved_reward_adapter,
     warn_of_pickle,
 )
+from tasks.lm.seq2seq import check_seq2seq
 from tasks.lm.sequences import positions_of
 
 
-class AutoModelForCausalLMWithValueHead(ScoredByAdapter):
+class ModelWithValueHead(ScoredByAdapter):
     """`pretrained_model` with a `v_head`; the forward returns (logits, loss, values).
 
+    What there is for a model of each kind: :class:`AutoModelForCausalLMWithValueHead` and
+    :class:`AutoModelForSeq2SeqLMWithValueHead`.
+
     Args:
-        pretrained_model: a causal language model of transformers, bare or under PEFT.
+        pretrained_model: a language model of transformers of that kind, bare or under PEFT.
         v_head_init_strategy: see :class:`tasks.lm.critic.ValueHead`.
         v_head_initializer_range: likewise.
         summary_dropout_prob: likewise; None: the configuration's, or 0.
         num_value_layers_unfrozen: k: the head reads copies of the last k blocks, which the policy's losses
-            leave alone (:class:`tasks.lm.critic.ValueBranch`); 0: what the output embeddings read.
+            leave alone (:class:`tasks.lm.critic.ValueBranch`); 0: the model's last states.
 
     Raises:
-        ValueError: an encoder, an encoder-decoder, prompt learning, an unknown strategy, or a k that the
-            model has not.
+        ValueError: a model of another kind, prompt learning, an unknown strategy, or a k that the model has
+            not.
     """
+
+    check: Callable[[nn.Module], None]  # refuses a model of another kind
+    load: Callable[..., nn.Module]  # from a folder or the Hub
 
     def __init__(
         self,
@@ -52,7 +61,7 @@ class AutoModelForCausalLMWithValueHead(ScoredByAdapter):
         num_value_layers_unfrozen: int = 0,
     ) -> None:
         super().__init__()
-        check_causal(pretrained_model)
+        self.check(pretrained_model)
         adapter = getattr(pretrained_model, "active_peft_config", None)
         if adapter is not None and adapter.is_prompt_learning:
             raise ValueError(f"pretrained_model: {type(adapter).__name__} adds virtual tokens; PPO has none")
@@ -87,7 +96,7 @@ class AutoModelForCausalLMWithValueHead(ScoredByAdapter):
         token: str | bool | None = None,
         num_value_layers_unfrozen: int | None = None,
         **keys: Any,
-    ) -> AutoModelForCausalLMWithValueHead:
+    ) -> Self:
         """A model with the value head that was saved with it, or with a fresh one.
 
         Args:
@@ -122,7 +131,8 @@ class AutoModelForCausalLMWithValueHead(ScoredByAdapter):
                 model = add_adapter(model, config=peft_config)
         else:
             there = {"revision": revision, "token": token}
-            model = load_policy(base, is_trainable, dtype=dtype, peft_config=peft_config, **there, **keys)
+            given = {"load": cls.load, "peft_config": peft_config, "dtype": dtype}
+            model = load_policy(base, is_trainable, **given, **there, **keys)
             found = saved_reward_adapter(base, **there)
             saved = read_value_head(base, **there)
             if not saved:
@@ -193,6 +203,9 @@ class AutoModelForCausalLMWithValueHead(ScoredByAdapter):
     ) -> tuple:
         """Tokens [B, S] -> logits [B, S, V] float32, loss where `labels` come, values [B, S] float32.
 
+        With an encoder these are sources [B, S]; logits [B, R, V] and values [B, R] belong to the places of
+        the decoder, which reads `decoder_input_ids` [B, R], or `labels` behind the start token.
+
         Args:
             input_ids: tokens [B, S].
             past_key_values: a cache of the tokens before these.
@@ -206,22 +219,21 @@ class AutoModelForCausalLMWithValueHead(ScoredByAdapter):
         branch, is_cached = self.v_head.branch, return_past_key_values or past_key_values is not None
         if is_cached and branch is not None:
             raise ValueError("past_key_values: a value branch keeps no cache; it needs the whole sequences")
-        if input_ids is not None and attention_mask is not None and attention_mask.ndim == 2:
-            places = positions_of(attention_mask) + first_position(self.pretrained_model)
-            keys = {"position_ids": places[:, -input_ids.shape[1] :], **keys}
         blocks = [] if branch is None else branch.originals(self.pretrained_model)
-        head = unwrapped(self.pretrained_model).get_output_embeddings()
-        with calls_of([*blocks, head]) as calls:
+        with calls_of(blocks) as calls, states_of(self.pretrained_model) as states:
             out = self.pretrained_model(
                 input_ids=input_ids,
                 past_key_values=past_key_values,
                 attention_mask=attention_mask,
-                **{"use_cache": is_cached, **keys},
+                **{"use_cache": is_cached, **self._positions(input_ids, attention_mask), **keys},
             )
-        *of_blocks, ((hidden, *_), _) = calls
-        values = self.v_head(hidden if branch is None else branch(of_blocks))
+        values = self.v_head(states[0] if branch is None else branch(calls))
         outputs = out.logits.float(), out.loss, values
         return (*outputs, out.past_key_values) if return_past_key_values else outputs
+
+    def _positions(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> dict[str, Tensor]:
+        """`position_ids` that skip padding, where the model takes some."""
+        return {}
 
     def generate(self, *args, **keys):
         """The language model's own `generate`."""
@@ -234,3 +246,27 @@ class AutoModelForCausalLMWithValueHead(ScoredByAdapter):
     def gradient_checkpointing_disable(self) -> None:
         """Likewise."""
         self.pretrained_model.gradient_checkpointing_disable()
+
+
+class AutoModelForCausalLMWithValueHead(ModelWithValueHead):
+    """A causal language model with a value head, which reads what the output embeddings read.
+
+    Arguments, forward and errors as of :class:`ModelWithValueHead`.
+    """
+
+    check, load = staticmethod(check_causal), staticmethod(load_causal)
+
+    def _positions(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> dict[str, Tensor]:
+        if input_ids is None or attention_mask is None or attention_mask.ndim != 2:
+            return {}
+        places = positions_of(attention_mask) + first_position(self.pretrained_model)
+        return {"position_ids": places[:, -input_ids.shape[1] :]}
+
+
+class AutoModelForSeq2SeqLMWithValueHead(ModelWithValueHead):
+    """An encoder-decoder (T5, BART, …) with a value head, which reads what the decoder gives.
+
+    Arguments, forward and errors as of :class:`ModelWithValueHead`.
+    """
+
+    check, load = staticmethod(check_seq2seq), staticmethod(load_seq2seq)

@@ -54,11 +54,12 @@ def asked_of(
         if (left.pop(name, None) or 0) > 0:
             new = name.replace("length", "new_tokens")
             raise ValueError(f"generate: give {new}; {name} counts the prompt, which differs by row")
+    most = config.response_tokens if most is None else most
     eos_id = left.pop("eos_token_id", eos_id)
-    if isinstance(eos_id, list | tuple):
-        if len(eos_id) != 1:
-            raise ValueError(f"generate: eos_token_id must be one token, not {eos_id}")
+    if isinstance(eos_id, list | tuple) and len(eos_id) == 1:
         eos_id = eos_id[0]
+    if not isinstance(eos_id, int | None):
+        raise ValueError(f"generate: eos_token_id must be one token, not {eos_id!r}")
     temperature = left.pop("temperature", config.temperature)
     if temperature != config.temperature:
         raise ValueError(
@@ -66,7 +67,7 @@ def asked_of(
             f"ppo.temperature, {config.temperature}; set it there"
         )
     asked = Asked(
-        max_tokens=list(lengths) if lengths is not None else [most or config.response_tokens] * rows,
+        max_tokens=list(lengths) if lengths is not None else [most] * rows,
         eos_id=eos_id if eos_id is not None and 0 <= eos_id < vocabulary else None,
         do_sample=bool(left.pop("do_sample", True)),
         top_k=int(left.pop("top_k", 0) or 0),

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from tasks.lm.room import Room
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +32,17 @@ def check_tokens(
         ValueError: no list of rows; a row that is empty, too long for `room`, not of integers, or no tokens
             of a vocabulary this large. The message names the argument and the row.
     """
-    if not isinstance(rows, list | tuple) or not all(isinstance(r, list | tuple | Tensor) for r in rows):
+    if not isinstance(rows, list | tuple):
         raise ValueError(f"{name} must be a list of token rows, not {type(rows).__name__}")
     found = []
     for i, row in enumerate(rows):
-        if isinstance(row, Tensor) and (row.dim() != 1 or row.is_floating_point()):
-            raise ValueError(
-                f"{name}[{i}] must hold token ids, shape [tokens]; it is {tuple(row.shape)} {row.dtype}"
-            )
-        ids = row.tolist() if isinstance(row, Tensor) else list(row)
+        if not isinstance(row, list | tuple | Tensor):
+            raise ValueError(f"{name}[{i}] must be a list or tensor of token ids, not {type(row).__name__}")
+        ids = row.tolist() if isinstance(row, Tensor) and row.dim() else row
+        if isinstance(ids, Tensor) or not all(type(x) is int or isinstance(x, np.integer) for x in ids):
+            what = f"{tuple(row.shape)} {row.dtype}" if isinstance(row, Tensor) else f"{row!r:.60}"
+            raise ValueError(f"{name}[{i}] must hold token ids, shape [tokens]; it is {what}")
+        ids = list(map(int, ids))
         if not ids and not may_be_empty:
             raise ValueError(f"{name}[{i}] is empty; it needs at least one token")
         if ids and not (0 <= min(ids) and max(ids) < vocabulary):
@@ -49,7 +54,7 @@ def check_tokens(
 
 
 def check_batch(
-    queries: Sequence, responses: Sequence, scores, masks, size: int, vocabulary: int, room: int | None
+    queries: Sequence, responses: Sequence, scores, masks, size: int, vocabulary: int, room: Room
 ) -> Batch:
     """The arguments of `PPOTrainer.step`.
 
@@ -60,7 +65,7 @@ def check_batch(
         masks: None, or B rows, as long as the responses: 1 where the policy chose the token.
         size: B.
         vocabulary: of the model.
-        room: tokens that the model has positions for.
+        room: that the model has for a prompt and its response.
 
     Raises:
         ValueError: shapes that do not match, scores that are not finite, rows as :func:`check_tokens`.
@@ -71,14 +76,18 @@ def check_batch(
         ("scores", scores),
         ("response_masks", masks),
     ):
-        if given is not None and len(given) != size:
+        if given is None:
+            continue
+        if not hasattr(given, "__len__") or (isinstance(given, Tensor) and not given.dim()):
+            raise ValueError(f"{name} must hold {size} rows; it is {given!r:.60}")
+        if len(given) != size:
             raise ValueError(
                 f"{name} holds {len(given)} rows; a step takes {size} (batch_size over the processes)"
             )
     queries = check_tokens("queries", queries, vocabulary)
     responses = check_tokens("responses", responses, vocabulary, may_be_empty=True)
     for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
-        if room is not None and len(query) + len(response) > room:
+        if not room.holds(len(query), len(response)):
             raise ValueError(
                 f"queries[{i}] and responses[{i}] have {len(query)} + {len(response)} tokens; the model has "
                 f"room for {room}"
@@ -88,11 +97,16 @@ def check_batch(
 
 
 def _check_masks(masks, responses: list[list[int]]) -> list[list[bool]]:
-    found = [torch.as_tensor(mask).flatten().tolist() for mask in masks]
-    for i, (mask, response) in enumerate(zip(found, responses, strict=True)):
-        if len(mask) != len(response) or not set(mask) <= {0, 1}:
+    found = []
+    for i, (mask, response) in enumerate(zip(masks, responses, strict=True)):
+        try:
+            flags = torch.as_tensor(mask).flatten().tolist()
+        except (TypeError, ValueError, RuntimeError):
+            flags = None
+        if flags is None or len(flags) != len(response) or not set(flags) <= {0, 1}:
             raise ValueError(f"response_masks[{i}] must hold 0 or 1 for each of the {len(response)} tokens")
-    return [[bool(flag) for flag in mask] for mask in found]
+        found.append([bool(flag) for flag in flags])
+    return found
 
 
 def read_scores(name: str, scores: Any, count: int) -> list[Tensor]:
@@ -106,14 +120,15 @@ def read_scores(name: str, scores: Any, count: int) -> list[Tensor]:
     Raises:
         ValueError: not B of them, or one (names it) that is no finite number nor a row of such.
     """
-    if not hasattr(scores, "__len__") or isinstance(scores, str | Mapping):
+    is_scalar = isinstance(scores, Tensor) and not scores.dim()
+    if is_scalar or not hasattr(scores, "__len__") or isinstance(scores, str | Mapping):
         raise ValueError(f"{name}: {type(scores).__name__} is no sequence of {count} numbers or rows")
     if len(scores) != count:
         raise ValueError(f"{name} holds {len(scores)} rows for {count} responses")
     found = []
     for i, score in enumerate(scores):
         try:
-            row = torch.as_tensor(score, dtype=torch.float32).detach()
+            row = torch.as_tensor(score, dtype=torch.float32).detach().clone()  # what came stays as it came
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{name}[{i}] is {score!r:.60}, no number nor a row of numbers") from error
         if row.dim() > 1:

@@ -45,7 +45,7 @@ class SpikeGuard:
     def _finding(self, loss: float, ratio: float, norm: float) -> str | None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"loss {loss:g}, gradient norm {norm:g}"
-        if ratio > self.ratio_threshold:
+        if not ratio <= self.ratio_threshold:
             return f"the mean ratio {ratio:.3g} exceeds ratio_threshold {self.ratio_threshold:g}"
         if len(self.norms) >= LEAST and norm > self.spike_factor * (usual := median(self.norms)) > 0:
             return (

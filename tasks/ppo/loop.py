@@ -72,6 +72,8 @@ def train(
         ValueError: no prompt, one that is empty or too long (names it), what `preflight` found, or what
             `PPOTrainer.step` refuses.
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text; a list of texts, or of rows of token ids, is wanted")
     if not len(prompts):
         raise ValueError("prompts is empty; PPO needs at least one")
     is_text = isinstance(prompts[0], str)
@@ -91,8 +93,7 @@ def _tokens(trainer: PPOTrainer, name: str, given: Sequence | None, is_text: boo
     if given is None:
         return []
     ids = [trainer.tokenizer(text)["input_ids"] for text in given] if is_text else list(given)
-    room = trainer.room()
-    most = None if room is None else room - trainer.config.response_tokens
+    most = trainer.room().of_prompt(trainer.config.response_tokens)
     return check_tokens(name, ids, trainer.vocabulary(), room=most)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tasks.lm.checkpointing import recompute_blocks
 from tasks.lm.generation import draw_uniforms, row_seeds
 from tasks.lm.precision import autocast
+from tasks.lm.seq2seq import is_seq2seq, logits_alone
 from tasks.lm.sequences import read_responses
 from tasks.ppo.batch import check_batch, read_scores
 from tasks.ppo.reward_functions import RewardFunction
@@ -40,6 +41,7 @@ class Rounding:
 
 
 FULL, HALF = Rounding(1e-3, 1e-4, 0.99), Rounding(0.1, 0.02, 0.90)
+TF32 = Rounding(0.02, 3e-3, 0.97)  # factors keep three bits more than bfloat16's
 
 
 def preflight(trainer: PPOTrainer, prompts: Sequence[Sequence[int]], reward_fn: RewardFunction) -> None:
@@ -167,11 +169,15 @@ def _read_alone(
     trainer: PPOTrainer, prompt: list[int], response: list[int], precision: AbstractContextManager
 ) -> Tensor:
     """Log-probabilities of the whole vocabulary at each token of a response, by a plain forward. [R, V]."""
+    model = trainer.model.pretrained_model
     ids = torch.tensor([[*prompt, *response]], device=trainer.device)
     keys = {"attention_mask": torch.ones_like(ids), "use_cache": False, "logits_to_keep": len(response) + 1}
     with precision:
-        logits = trainer.model.pretrained_model(input_ids=ids, **keys).logits[0]
-    return (logits[-len(response) - 1 : -1].float() / trainer.config.temperature).log_softmax(-1)
+        if is_seq2seq(model):
+            logits = logits_alone(model, prompt, response)
+        else:
+            logits = model(input_ids=ids, **keys).logits[0, -len(response) - 1 : -1]
+    return (logits.float() / trainer.config.temperature).log_softmax(-1)
 
 
 def _at(values: Tensor, tokens: list[int]) -> Tensor:
@@ -193,6 +199,11 @@ def _precision(trainer: PPOTrainer) -> AbstractContextManager:
 
 
 def _rounding(trainer: PPOTrainer, autocast: bool = False) -> Rounding:
+    """Of this trainer's forwards, with its autocast or without."""
     if autocast and trainer.config.dtype != "float32":
         return HALF
-    return HALF if any(p.element_size() < 4 for p in trainer.model.parameters()) else FULL
+    if any(p.element_size() < 4 for p in trainer.model.parameters()):
+        return HALF
+    # the one name of the switch that never raises; the older ones do once this one was set
+    is_exact = torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
+    return FULL if is_exact or trainer.device.type != "cuda" else TF32

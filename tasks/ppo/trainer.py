@@ -22,11 +22,12 @@ from tasks.lm.masked import alone, whiten
 from tasks.lm.optimizer import check_optimizer, make_optimizer
 from tasks.lm.precision import autocast
 from tasks.lm.reference import create_reference_model
-from tasks.lm.scoring import room_of
+from tasks.lm.room import Room, speaking_room
+from tasks.lm.seq2seq import is_seq2seq, warn_of_start
 from tasks.lm.sequences import lay_out, read_responses
 from tasks.lm.switching import at_work, learnt, load_learnt, reference_adapters
 from tasks.lm.trunk import Hydra
-from tasks.lm.value_head import AutoModelForCausalLMWithValueHead
+from tasks.lm.value_head import ModelWithValueHead
 from tasks.ppo.advantages import gae
 from tasks.ppo.asking import Asked, asked_of
 from tasks.ppo.batch import Batch, check_batch, check_tokens
@@ -51,10 +52,10 @@ class PPOTrainer:
 
     Args:
         config: learning rate, batch sizes, KL price and clip ranges.
-        model: AutoModelForCausalLMWithValueHead, trained in place.
-        ref_model: a causal language model, with or without a value head; KL is measured to it. None: what
-            the model says now, as a frozen copy of it, or of its adapter where it has one (a fresh adapter:
-            the model without it).
+        model: AutoModelForCausalLMWithValueHead or AutoModelForSeq2SeqLMWithValueHead, trained in place.
+        ref_model: a language model of the same kind, with or without a value head; KL is measured to it.
+            None: what the model says now, as a frozen copy of it, or of its adapter where it has one (a
+            fresh adapter: the model without it).
         tokenizer: gives eos and pad, and is saved with the model.
         dataset: rows for `dataloader`, which gives batches of `batch_size`, shuffled, without a remainder.
         optimizer: over the model's parameters; None: the one that `config.optimizer` names.
@@ -70,15 +71,15 @@ class PPOTrainer:
 
     Raises:
         ValueError: a model of another kind, a tokenizer without eos or pad, a reference of another
-            vocabulary, batch sizes that the processes do not divide, a tracker or an optimizer that is not
-            there, more layers unfrozen or shared than there are, weights of the base that learn beside an
-            adapter.
+            vocabulary or no model, an optimizer of other parameters, batch sizes that the processes do not
+            divide, a tracker or an optimizer that is not there, more layers unfrozen or shared than there
+            are, weights of the base that learn beside an adapter.
     """
 
     def __init__(
         self,
         config: PPOConfig | None = None,
-        model: AutoModelForCausalLMWithValueHead | None = None,
+        model: ModelWithValueHead | None = None,
         ref_model: nn.Module | None = None,
         tokenizer: Any = None,
         dataset: Any = None,
@@ -92,8 +93,13 @@ class PPOTrainer:
         microbatch_rows: int = 64,
         trunk_megabytes: int = 2048,
     ) -> None:
-        self.config = config = config or PPOConfig()
+        self.config = config = PPOConfig() if config is None else config
+        if not isinstance(config, PPOConfig):
+            raise ValueError(f"config must be a PPOConfig, not {type(config).__name__}")
+        if microbatch_rows < 1:
+            raise ValueError(f"microbatch_rows is {microbatch_rows}; a forward takes at least one row")
         _check_models(model, ref_model, tokenizer)
+        _check_optimizer(optimizer, model)
         check_tracker(config.log_with)
         check_optimizer(config.optimizer, "ppo.optimizer")
         if config.lora_rank and not model.is_peft_model:
@@ -189,7 +195,7 @@ class PPOTrainer:
             query_tensor: one prompt [P], or a list of them.
             length_sampler: gives the most new tokens of each row in turn.
             batch_size: most rows sampled side by side; None: 512. It changes no response.
-            return_prompt: whether the prompt stands before its response.
+            return_prompt: whether the prompt stands before its response; never where an encoder reads it.
             generate_ref_response: the reference's responses as well, of the same random numbers.
             generation_kwargs: as in transformers: `max_new_tokens`, `min_new_tokens`, `min_length`,
                 `do_sample` (True unless told otherwise), `temperature` (that of the configuration), `top_k`,
@@ -206,11 +212,13 @@ class PPOTrainer:
         is_one = isinstance(query_tensor, Tensor)
         queries = [query_tensor] if is_one else query_tensor
         prompts = check_tokens("query_tensor", queries, self.vocabulary())
+        if not prompts:
+            raise ValueError("query_tensor is empty; generate needs at least one prompt")
         lengths = None if length_sampler is None else [int(length_sampler()) for _ in prompts]
         asked = self._asked(generation_kwargs, len(prompts), lengths)
         room = self.room()
         for i, (prompt, most) in enumerate(zip(prompts, asked.max_tokens, strict=True)):
-            if room is not None and len(prompt) + most > room:
+            if not room.holds(len(prompt), most):
                 raise ValueError(
                     f"query_tensor[{i}] has {len(prompt)} tokens and may get {most} more; the model has "
                     f"room for {room}"
@@ -229,7 +237,8 @@ class PPOTrainer:
 
     def _generated(self, prompts, seeds, rows, model, asked: Asked, return_prompt: bool) -> list[Tensor]:
         responses = self.sample(prompts, seeds, rows, model, asked).lists()
-        whole = [p + r if return_prompt else r for p, r in zip(prompts, responses, strict=True)]
+        with_prompt = return_prompt and not is_seq2seq(_causal(self.model))
+        whole = [p + r if with_prompt else r for p, r in zip(prompts, responses, strict=True)]
         return [torch.tensor(ids, dtype=torch.long, device=self.device) for ids in whole]
 
     def observe(
@@ -239,7 +248,9 @@ class PPOTrainer:
         is_action: Sequence[Sequence[bool]] | None = None,
     ) -> Rollout:
         """What policy, critic and reference think of B responses, before any update."""
-        sequences = lay_out(queries, responses, self.tokenizer.pad_token_id, self.device)
+        pad_id = self.tokenizer.pad_token_id  # often a token that was added, and no model has heard of
+        pad_id = pad_id if 0 <= pad_id < self.vocabulary() else 0
+        sequences = lay_out(queries, responses, pad_id, self.device)
         mask = sequences.is_response
         if is_action is not None:
             flat = [flag for row in is_action for flag in row]
@@ -287,6 +298,7 @@ class PPOTrainer:
         batch = check_batch(
             queries, responses, scores, response_masks, self.batch_rows, self.vocabulary(), room
         )
+        warn_of_start(_causal(self.model), batch.responses)
         seen = self.observe(batch.queries, batch.responses, batch.is_action)
         clock.lap("forward_pass")
         paid, price = self.shape(batch), self.kl_ctl.value
@@ -449,9 +461,9 @@ class PPOTrainer:
         """Tokens the model can say."""
         return _vocabulary_of(self.model)
 
-    def room(self) -> int | None:
-        """Most tokens of prompt and response together; None: no bound."""
-        return room_of(_causal(self.model))
+    def room(self) -> Room:
+        """For a prompt and its response."""
+        return speaking_room(_causal(self.model))
 
     def mean(self, values: Sequence[float]) -> float:
         """Mean over all processes."""
@@ -610,15 +622,34 @@ def _vocabulary_of(model: nn.Module) -> int:
 
 
 def _check_models(model, ref_model, tokenizer) -> None:
-    if not isinstance(model, AutoModelForCausalLMWithValueHead):
-        raise ValueError(f"model must be an AutoModelForCausalLMWithValueHead, not {type(model).__name__}")
+    if not isinstance(model, ModelWithValueHead):
+        raise ValueError(
+            "model must be an AutoModelForCausalLMWithValueHead or AutoModelForSeq2SeqLMWithValueHead, not "
+            f"{type(model).__name__}"
+        )
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(tokenizer, name, None) is None:
             raise ValueError(f"tokenizer: it has no {name}")
     if ref_model is None:
         return
-    if ref_model is model:
+    other = unwrapped(_causal(ref_model)) if isinstance(ref_model, nn.Module) else None
+    if getattr(other, "get_output_embeddings", lambda: None)() is None:
+        raise ValueError(f"ref_model must be a language model, not {type(ref_model).__name__}")
+    if _causal(ref_model) is _causal(model):
         raise ValueError("ref_model is the model itself, which would move with it; leave it out for a copy")
+    names = [type(unwrapped(_causal(each))).__name__ for each in (model, ref_model)]
+    if is_seq2seq(_causal(model)) != is_seq2seq(_causal(ref_model)):
+        raise ValueError(f"ref_model is a {names[1]}, the model a {names[0]}; one of both has an encoder")
     own, other = _vocabulary_of(model), _vocabulary_of(ref_model)
     if own != other:
         raise ValueError(f"ref_model has a vocabulary of {other} tokens, the model one of {own}")
+
+
+def _check_optimizer(optimizer, model: nn.Module) -> None:
+    """One that moves another model would let this one stand still, and say nothing."""
+    if optimizer is None:
+        return
+    held = [p for group in getattr(optimizer, "param_groups", []) for p in group["params"]]
+    own = set(map(id, model.parameters()))
+    if not any(id(p) in own for p in held):
+        raise ValueError("optimizer holds none of the model's parameters; nothing would be learnt")

@@ -4,14 +4,15 @@
 
 reads `<folder>/<case>.json`:
 
-    model       keys of a transformers configuration, `model_type` among them
+    model       keys of a transformers configuration, `model_type` among them; `seq2seq`: it has an encoder
     weights     <folder>/<weights>.safetensors: of the policy and its value head
     reference   likewise; null: the trainer makes a copy
     config      of the trainer; `trainer`: its further arguments; `lora`: an adapter; `threads`: of torch
     padding     side on which the tokenizer pads
     actions     in their order, each a call: of generate {"prompts", "keys"}, or of step {"queries",
                 "responses", "scores", "masks", "orders", "watch"}: orders of the rows in the passes (ours
-                are noted there); whether to measure the gradient at each optimizer step
+                are noted there); whether to measure the gradient at each optimizer step; what TRL gets
+                instead of responses and masks, "peer_responses"
 
 and writes `<folder>/<case>.found.json` and the weights then, `<folder>/<case>.found.safetensors`.
 """
@@ -23,7 +24,6 @@ import resource
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -32,14 +32,15 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 HEAD = "v_head."
 
 
 def weights_of(folder: Path, case: dict, name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """A causal language model, and what its value head holds."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case["model"]))
+    """A language model, and what its value head holds."""
+    auto = AutoModelForSeq2SeqLM if case.get("seq2seq") else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(**case["model"]))
     state = load_file(folder / f"{name}.safetensors")
     head = {key.removeprefix(HEAD): state.pop(key) for key in list(state) if key.startswith(HEAD)}
     model.load_state_dict(state)
@@ -55,7 +56,9 @@ def build(folder: Path, case: dict, library, **own) -> tuple:
     def made(name: str):
         model, head = weights_of(folder, case, name)
         lora = LoraConfig(**case["lora"], task_type="CAUSAL_LM") if case.get("lora") else None
-        wrapped = library.AutoModelForCausalLMWithValueHead.from_pretrained(model, peft_config=lora)
+        kind = "Seq2SeqLM" if case.get("seq2seq") else "CausalLM"
+        valued = getattr(library, f"AutoModelFor{kind}WithValueHead")
+        wrapped = valued.from_pretrained(model, peft_config=lora)
         wrapped.v_head.load_state_dict(head)
         return wrapped
 
@@ -119,6 +122,8 @@ def _step(trainer, action: dict) -> dict:
 
     if hasattr(trainer, "_orders"):
         action["orders"] = [order.tolist() for order in trainer._orders()]
+    elif "peer_responses" in action:
+        action = action | {"responses": action["peer_responses"], "masks": None}
     orders = map(np.array, action["orders"])
     rows = _tensors(action["queries"]), _tensors(action["responses"]), _tensors(action["scores"], torch.float)
     masks = _tensors(action["masks"]) if action.get("masks") else None
@@ -134,11 +139,7 @@ def _step(trainer, action: dict) -> dict:
 
 
 if __name__ == "__main__":
-    from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
+    import trl
 
-    trl = SimpleNamespace(
-        AutoModelForCausalLMWithValueHead=AutoModelForCausalLMWithValueHead,
-        PPOConfig=PPOConfig, PPOTrainer=PPOTrainer,
-    )  # fmt: skip
     for case_name in sys.argv[2:]:
         play(Path(sys.argv[1]), case_name, trl)

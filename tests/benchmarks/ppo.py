@@ -1,11 +1,12 @@
 """PPOTrainer beside TRL 0.11.4's, in one run: same weights, same prompts, same responses, same first losses.
 
-    STACKRL_PPO_PEER_PYTHON=<python with trl==0.11.4> python tests/benchmarks/ppo.py [rollouts|step]
+    STACKRL_PPO_PEER_PYTHON=<python with trl==0.11.4> python tests/benchmarks/ppo.py [hydra] [rollouts|step]
 
 LLaMA, 8 layers, 512 wide, vocabulary 32,000; prompts of 32 to 256 tokens, 48 new ones each, batch 16,
-minibatch 4, 4 epochs, two threads. TRL in float32, at its default generation batch of 4 and told ours; ours
-in float32 and under bfloat16 autocast. Each in a process of its own, the first call excluded, medians of the
-others; memory is the peak above the imports' own. Nothing is timed before the losses of a step agree.
+minibatch 4, 4 epochs, two threads; `hydra`: the first 6 layers are frozen and shared with the reference. TRL
+in float32, at its default generation batch of 4 and told ours; ours in float32 and under bfloat16 autocast.
+Each in a process of its own, the first call excluded, medians of the others; memory is the peak above the
+imports' own. Nothing is timed before the losses of a step agree.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.lm.products import use_onednn_products
 from tasks.ppo import PPOConfig, PPOTrainer
+from tasks.run.devices import keep_freed_memory
 
 MODEL = {
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
@@ -36,6 +38,7 @@ MODEL = {
 }  # fmt: skip
 CONFIG = {"batch_size": 16, "mini_batch_size": 4, "ppo_epochs": 4, "learning_rate": 1.41e-5}
 SHORTEST, LONGEST, NEW = 32, 256, 48  # tokens
+SHARED = {"hydra": {"num_shared_layers": 6}, "full": {}}  # further arguments of the trainer
 THREADS, DTYPES = 2, ("float32", "bfloat16")
 ROLLOUTS, STEPS = 6, 3  # calls, the first of which is not timed
 TOLERANCE = 1e-4
@@ -43,7 +46,8 @@ LOSSES = "ppo/loss/policy", "ppo/loss/value"
 
 
 def trainer(config: PPOConfig, *args: object, **keys: object) -> PPOTrainer:
-    """With the products that a stage would choose."""
+    """With the products and the allocator that a stage would choose."""
+    keep_freed_memory()
     if config.dtype == "float32":
         use_onednn_products()
     return PPOTrainer(config, *args, **keys)
@@ -73,15 +77,17 @@ def write_weights(folder: Path) -> None:
     save_file(state, folder / "policy.safetensors")
 
 
-def played(folder: Path, side: str, kind: str, calls: list[dict], **keys) -> dict:
+def played(folder: Path, side: str, kind: str, calls: list[dict], tuning: str, **keys) -> dict:
     """What `trl`, or ours in the dtype of this name, found of some calls, in a process of its own.
 
-    `keys`: of the calls of generate. The calls of step get the orders of their passes from ours.
+    `tuning`: one of SHARED. `keys`: of the calls of generate. The calls of step get the orders of their
+    passes from ours.
     """
     name = "-".join([kind, side, *map(str, keys.values())])
     if keys:
         calls = [call | {"keys": call["keys"] | keys} for call in calls]
     case = {"model": MODEL, "weights": "policy", "config": CONFIG, "threads": THREADS, "actions": calls}
+    case["trainer"] = SHARED[tuning]
     (folder / f"{name}.json").write_text(json.dumps(case))
     peer = os.environ["STACKRL_PPO_PEER_PYTHON"], str(Path(__file__).with_name("peer_ppo.py"))
     command = peer if side == "trl" else (sys.executable, __file__, "ours", side)
@@ -96,13 +102,14 @@ def played(folder: Path, side: str, kind: str, calls: list[dict], **keys) -> dic
     return found | {"seconds": median([call["seconds"] for call in found["actions"]][1:] or [0.0])}
 
 
-def check_losses(folder: Path, step: dict) -> float:
+def check_losses(folder: Path, step: dict, tuning: str) -> float:
     """Largest relative difference of the losses of one step.
 
     Raises:
         RuntimeError: it is too large, and there is nothing to time.
     """
-    ours, trl = (played(folder, side, "step", [step])["actions"][0]["stats"] for side in ("float32", "trl"))
+    sides = (played(folder, side, "step", [step], tuning) for side in ("float32", "trl"))
+    ours, trl = (found["actions"][0]["stats"] for found in sides)
     far = max(abs(ours[name] - trl[name]) / abs(trl[name]) for name in LOSSES)
     if not far <= TOLERANCE:
         raise RuntimeError(f"the losses differ: {[(name, ours[name], trl[name]) for name in LOSSES]}")
@@ -115,21 +122,23 @@ def say(comparison: str, **numbers: float) -> None:
     print(json.dumps({"comparison": comparison} | rounded), flush=True)
 
 
-def main(folder: Path, kinds: list[str]) -> None:
+def main(folder: Path, kinds: list[str], tuning: str) -> None:
     """Print a JSON line for each comparison; of rollouts or steps alone where only those are named."""
     write_weights(folder)
     calls, rows = actions(), CONFIG["batch_size"]
-    (sampled,) = played(folder, "float32", "rollouts", calls["rollouts"][:1])["actions"]
+    (sampled,) = played(folder, "float32", "rollouts", calls["rollouts"][:1], tuning)["actions"]
     for step in calls["step"]:
         step["responses"] = sampled["tokens"][0]
     if "step" in kinds:
-        say("losses of a step", largest_difference=check_losses(folder, calls["step"][0]))
-    found = {side: {kind: played(folder, side, kind, calls[kind]) for kind in kinds} for side in DTYPES}
-    found["trl"] = {kind: played(folder, "trl", kind, calls[kind]) for kind in kinds}
+        say("losses of a step", largest_difference=check_losses(folder, calls["step"][0], tuning))
+    found = {
+        side: {kind: played(folder, side, kind, calls[kind], tuning) for kind in kinds}
+        for side in (*DTYPES, "trl")
+    }
     found["trl, our batch"] = dict(found["trl"])
     if "rollouts" in kinds:
         found["trl, our batch"]["rollouts"] = played(
-            folder, "trl", "rollouts", calls["rollouts"], batch_size=rows
+            folder, "trl", "rollouts", calls["rollouts"], tuning, batch_size=rows
         )
     parts = {kind: [kind] for kind in kinds} | ({"rollouts and step": kinds} if len(kinds) > 1 else {})
     for name, summed in parts.items():
@@ -157,4 +166,6 @@ if __name__ == "__main__":
         play(Path(sys.argv[3]), sys.argv[4], OURS, dtype=sys.argv[2])
     else:
         with tempfile.TemporaryDirectory() as name:
-            main(Path(name), sys.argv[1:] or ["rollouts", "step"])
+            words = sys.argv[1:]
+            kinds = [word for word in words if word not in SHARED] or ["rollouts", "step"]
+            main(Path(name), kinds, "hydra" if "hydra" in words else "full")

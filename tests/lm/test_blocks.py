@@ -88,3 +88,49 @@ def test_a_bias_by_hand(monkeypatch, most):
     bias = torch.tensor([[0.0, 3.0, 9.0], [0.0, 1.0, 9.0], [9.0, 9.0, 9.0]]).log().clamp(min=0)[None, None]
     found = blocks.attend(sight, heads, heads, values, bias=bias)
     assert found.flatten().tolist() == pytest.approx([7 / 4, 3 / 2, 4])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_long_segments_are_attended_alone(monkeypatch, kind):
+    """One causal call each instead of one masked one for all: the same states and gradients."""
+    found = []
+    tokens = tiny.drawn((9, 4, 13))
+    for least in (blocks.LONG_RUNS, 2):
+        monkeypatch.setattr(blocks, "LONG_RUNS", least)
+        model = tiny.causal(kind, **({"sliding_window": None} if kind == "mistral" else {}))
+        enable_forest(model)
+        grown = plant([Segment(row) for row in tokens])
+        logits = run_forest(model, grown).logits
+        logits.square().mean().backward()
+        found.append((logits.detach(), tiny.gradients(model)))
+        assert grown.sight.runs == (() if least > 2 else (9, 4, 13))
+    assert tiny.far(found[1][0], found[0][0]) <= CLOSE
+    assert tiny.far_gradients(found[1][1], found[0][1]) <= CLOSE
+
+
+def test_which_segments_are_runs(monkeypatch):
+    """Long enough on average, all of them roots, and causal."""
+    monkeypatch.setattr(blocks, "LONG_RUNS", 3)
+    runs = lambda *segments, **keys: plant(list(segments), **keys).sight.runs  # noqa: E731
+    assert runs(Segment((5, 6)), Segment((7, 8, 9, 4))) == (2, 4)
+    assert runs(Segment((5, 6)), Segment((7, 8, 9))) == ()
+    assert runs(Segment((5, 6)), Segment((7, 8, 9, 4), 0)) == ()
+    assert runs(Segment((5, 6, 7, 8)), is_causal=False) == ()
+    ahead = blocks.look([torch.arange(4, 8), torch.arange(4)], [torch.arange(4, 8), torch.arange(4)], True)
+    assert ahead.runs == () and ahead.to("cpu").runs == () and len(ahead.blocks) == 1
+    assert plant([Segment((5, 6, 7))]).sight.to("cpu").runs == (3,)
+
+
+def test_a_window_shorter_than_a_run(monkeypatch):
+    """It is seen by the blocks; one that reaches over all of a run changes nothing."""
+    monkeypatch.setattr(blocks, "LONG_RUNS", 2)
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 7, 2, 4, generator=draw)
+    sight = plant([Segment((5, 6, 7, 8)), Segment((9, 4, 3))]).sight
+    assert sight.runs == (4, 3)
+    near, far = (blocks.attend(sight, q, k, v, window=window) for window in (2, 4))
+    assert tiny.far(blocks.attend(sight, q, k, v), far) == 0 and tiny.far(near, far) > 1e-2
+    wanted = blocks.attend(blocks.replace(sight, runs=()), q, k, v, window=2)
+    assert tiny.far(near, wanted) == 0
+    bias = torch.randn(1, 2, 7, 7, generator=draw)
+    assert tiny.far(blocks.attend(sight, q, k, v, bias=bias), far) > 1e-2

@@ -136,3 +136,24 @@ def test_other_encoder_decoders_are_refused_by_name():
     assert not serve_forest(model)
     with pytest.raises(ValueError, match="BartForConditionalGeneration is none of mt5, t5"):
         run_pairs(model, plant_pairs([(5,)], [(6,)], tiny.PAD))
+
+
+@pytest.mark.parametrize("name", ["t5", "mt5"])
+def test_no_bias_is_larger_than_the_longest_document_needs(name):
+    """The model itself would make heads · T² numbers, and as many zeros across."""
+    model, sources, targets = model_of(name), tiny.drawn([7] * 60), tiny.drawn([6] * 60, seed=1)
+    enable_forest(model)
+    with tiny.Largest() as largest:
+        packed_loss(model, sources, targets).backward()
+    assert largest.elements <= 60 * 7 * 32  # tokens by vocabulary
+
+
+def test_targets_that_share_a_source():
+    """By hand: the first and the third ask the first source, which stands in the row once."""
+    pairs = plant_pairs([(5, 6), (7,)], [(8, 1), (9,), (3, 4)], 2, of=[0, 1, 0])
+    assert pairs.sources.tokens.tolist() == [5, 6, 7] and pairs.targets.tokens.tolist() == [2, 8, 2, 2, 3]
+    (block,) = pairs.cross.blocks
+    assert block.keys.tolist() == [0, 1, 2, 0, 0, 1]  # padding repeats a place, and is not seen
+    assert block.sees[:, 0, 0].tolist() == [[True, True], [True, False], [True, True]]
+    with pytest.raises(ValueError, match="1 sources, but 2 targets"):
+        plant_pairs([(5,), (6,)], [(8,), (9,)], 2, of=[0])

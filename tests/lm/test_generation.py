@@ -471,8 +471,8 @@ def test_a_prompt_and_its_response_may_fill_the_context():
         assert len(generate(tiny.causal(kind), [[5] * 60], max_tokens=4, **ENDLESS).lists()[0]) == 4
 
 
-def test_what_is_no_causal_model_is_refused():
+def test_what_is_no_language_model_is_refused():
     with pytest.raises(ValueError, match="is no causal language model"):
-        generate(tiny.seq2seq(), [[5]], max_tokens=2, **SPECIAL)
+        generate(tiny.scorer("bert"), [[5]], max_tokens=2, **SPECIAL)
     with pytest.raises(ValueError, match="MambaForCausalLM keeps no cache"):
         generate(tiny.causal("mamba", hidden_size=16), [[5]], max_tokens=2, **SPECIAL)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from tasks.lm import AutoModelForCausalLMWithValueHead as Valued
+from tasks.lm import AutoModelForSeq2SeqLMWithValueHead
 from tasks.lm.adapter_files import put_on
 from tasks.lm.adapters import merge_checked
 from tasks.lm.forest import serve_forest
@@ -243,6 +244,9 @@ def test_a_reward_adapter_needs_a_policy_under_an_adapter(tmp_path):
         Valued.from_pretrained(base).compute_reward_score(torch.tensor([[3]]))
     with pytest.raises(ValueError, match="has no reward adapter"):
         Valued.from_pretrained(base).score_documents([[3]])
+    t5 = AutoModelForSeq2SeqLMWithValueHead.from_pretrained(tiny.seq2seq(), peft_config=lora())
+    with pytest.raises(ValueError, match="encoder-decoders have no last token"):
+        t5.take_reward_adapter(load_reward_adapter(tmp_path / "reward"))
     for name in ("lm_head", "default"):
         with pytest.raises(ValueError, match=f"cannot be called {name}"):
             Valued.from_pretrained(

@@ -7,6 +7,7 @@ import torch
 
 from params.schema import PPOConfig
 from tasks.lm import AutoModelForCausalLMWithValueHead
+from tasks.lm.value_head import ModelWithValueHead
 from tasks.ppo import PPOTrainer
 
 DROPOUT = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
@@ -22,7 +23,7 @@ def trainer(kind="llama", seed=0, microbatch_rows=64, model_keys=None, given=Non
     policy = given.pop("model", None) or tiny.causal(kind, seed, **(model_keys or {}))
     reference = tiny.causal(kind, seed, **(model_keys or {})).requires_grad_(False)
     given = {"ref_model": reference, "tokenizer": tiny.SPECIAL, **given}
-    if not isinstance(policy, AutoModelForCausalLMWithValueHead):
+    if not isinstance(policy, ModelWithValueHead):
         policy = AutoModelForCausalLMWithValueHead(policy)
     config = PPOConfig(**{**CONFIG, **keys})
     return PPOTrainer(config, policy, seed=11, device="cpu", microbatch_rows=microbatch_rows, **given)

@@ -317,3 +317,20 @@ def test_a_step_that_is_not_finite_or_far_off_is_refused(caplog):
     other = SpikeGuard(10.0, 5.0, 3)
     other.load_state_dict(guard.state_dict())
     assert not other.allows(0.1, 1.0, 5.1) and (other.skipped, other.in_a_row) == (5, 2)
+
+
+def test_the_guard_remembers_the_last_norms_and_starts_from_enough():
+    guard = SpikeGuard(ratio_threshold=10.0, spike_factor=5.0, patience=3)
+    assert not guard.allows(0.1, math.nan, 1.0), "a ratio that is no number is no step"
+    assert not guard.allows(0.1, 1.0, math.inf), "nor is this one, before there is anything usual"
+    assert all(guard.allows(0.1, 1.0, float(norm)) for norm in range(100, 300))
+    assert list(guard.norms) == [float(norm) for norm in range(236, 300)]
+    other = SpikeGuard(10.0, 5.0, 3)
+    other.load_state_dict({**guard.state_dict(), "norms": [0.0, *guard.norms]})
+    assert other.norms == guard.norms and other.norms.maxlen == guard.norms.maxlen, "no more than it may"
+    fresh = SpikeGuard(10.0, 5.0, 3)
+    assert [fresh.allows(0.1, 1.0, norm) for norm in [1.0] * 16 + [5.1]] == [True] * 16 + [False]
+    assert fresh.allows(0.1, 1.0, 5.0), "not above"
+    assert not fresh.allows(math.inf, 1.0, 1.0) and fresh.norms.count(1.0) == 16
+    still = SpikeGuard(10.0, 5.0, 3)
+    assert all(still.allows(0.1, 1.0, norm) for norm in [0.0] * 16 + [7.0]), "of nothing there is no multiple"

@@ -82,6 +82,7 @@ def test_several_samples_of_a_prompt():
     ("prompts", "held_out", "message"),
     [
         ([], None, "prompts is empty"),
+        ("abc", None, "prompts is one text"),
         ([[5], []], None, r"prompts\[1\] is empty"),
         ([[5], [5] * 59], None, r"prompts\[1\] has 59 tokens; the model has room for 58"),
         ([[5]], [[5], [99]], r"held_out\[1\] holds token ids outside the model's vocabulary of 32"),

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from params.schema import PPOConfig
 from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.lm.generation import row_seeds
-from tasks.ppo import PPOTrainer
+from tasks.ppo import LengthSampler, PPOTrainer
 
 QUICKSTART = """
 # 0. imports
@@ -132,6 +132,18 @@ def test_a_length_sampler_gives_each_row_its_length():
     assert [len(r) for r in found] == [2, 5, 1]
 
 
+def test_lengths_are_drawn_between_both_bounds():
+    """TRL's never gives the upper one, and draws from numpy's global numbers."""
+    state = random.getstate()
+    found = [[sampler() for _ in range(200)] for sampler in (LengthSampler(2, 4), LengthSampler(2, 4))]
+    assert set(found[0]) == {2, 3, 4} and found[0] == found[1] and random.getstate() == state
+    assert found[0] != [sampler() for sampler in [LengthSampler(2, 4, seed=1)] * 200]
+    assert LengthSampler(3, 3)() == 3
+    for low, high in ((0, 4), (5, 4)):
+        with pytest.raises(ValueError, match=rf"LengthSampler: min_value {low}, max_value {high}"):
+            LengthSampler(low, high)
+
+
 def test_greedy_is_not_sampled():
     made, asked = trainer(), queries(4)
     found = [made.generate(asked, do_sample=False, max_new_tokens=5, eos_token_id=-1)[0] for _ in range(2)]
@@ -148,6 +160,8 @@ def test_greedy_is_not_sampled():
         ({"max_length": 20}, "give max_new_tokens; max_length counts the prompt"),
         ({"min_length": 4}, "give min_new_tokens"),
         ({"eos_token_id": [1, 2]}, "eos_token_id must be one token"),
+        ({"eos_token_id": "</s>"}, "eos_token_id must be one token, not '</s>'"),
+        ({"max_new_tokens": 0}, "at least one new token, not 0"),
         (
             {"max_new_tokens": 70},
             r"query_tensor\[0\] has 3 tokens and may get 70 more; the model has room for 64",
@@ -167,6 +181,9 @@ def test_what_generate_refuses_of_prompts():
         ([torch.tensor([[5, 6]])], r"query_tensor\[0\] must hold token ids, shape \[tokens\]"),
         (torch.tensor([[5, 6]]), r"query_tensor\[0\] must hold token ids"),
         ([torch.tensor([5]), torch.tensor([], dtype=torch.long)], r"query_tensor\[1\] is empty"),
+        ([], "query_tensor is empty; generate needs at least one prompt"),
+        ("What?", "query_tensor must be a list of token rows, not str"),
+        (["What?"], r"query_tensor\[0\] must be a list or tensor of token ids, not str"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer().generate(wrong)
@@ -288,6 +305,14 @@ def test_a_dataset_is_served_in_whole_batches():
             {"ref_model": tiny.causal(vocab_size=40)},
             "ref_model has a vocabulary of 40 tokens, the model one of 32",
         ),
+        ({"ref_model": "gpt2"}, "ref_model must be a language model, not str"),
+        ({"ref_model": tiny.scorer()}, "must be a language model, not LlamaForSequenceClassification"),
+        ({"ref_model": torch.nn.Linear(1, 1)}, "must be a language model, not Linear"),
+        (
+            {"optimizer": torch.optim.SGD(tiny.causal().parameters())},
+            "optimizer holds none of the model's parameters",
+        ),
+        ({"optimizer": torch.optim.SGD}, "optimizer holds none of the model's parameters"),
     ],
 )
 def test_what_the_constructor_refuses(given, message):
@@ -296,13 +321,62 @@ def test_what_the_constructor_refuses(given, message):
 
 
 def test_what_the_constructor_refuses_of_models():
-    with pytest.raises(
-        ValueError, match="model must be an AutoModelForCausalLMWithValueHead, not LlamaForCausalLM"
-    ):
+    with pytest.raises(ValueError, match="microbatch_rows is 0; a forward takes at least one row"):
+        trainer(microbatch_rows=0)
+    with pytest.raises(ValueError, match=r"model must be an AutoModelForCausalLM.*, not LlamaForCausalLM"):
         PPOTrainer(PPOConfig(), tiny.causal(), None, tiny.SPECIAL)
     model = AutoModelForCausalLMWithValueHead(tiny.causal())
-    with pytest.raises(ValueError, match="ref_model is the model itself"):
-        PPOTrainer(PPOConfig(), model, model, tiny.SPECIAL)
+    for own in (model, model.pretrained_model):  # the second is the same weights without their head
+        with pytest.raises(ValueError, match="ref_model is the model itself"):
+            PPOTrainer(PPOConfig(), model, own, tiny.SPECIAL)
+    with pytest.raises(ValueError, match="config must be a PPOConfig, not dict"):
+        PPOTrainer({}, model, None, tiny.SPECIAL)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "message"),
+    [
+        (0, 5, "queries must hold 8 rows; it is 5"),
+        (2, 3.0, r"scores must hold 8 rows; it is 3\.0"),
+        (2, torch.tensor(1.0), r"scores must hold 8 rows; it is tensor\(1"),
+        (3, 1.0, r"response_masks must hold 8 rows; it is 1\.0"),
+        (0, [[5]] * 7, "queries holds 7 rows; a step takes 8"),
+        (0, [[5]] * 7 + [[1.5]], r"queries\[7\] must hold token ids, .* it is \[1\.5\]"),
+        (1, [[5], ["a"]] + [[5]] * 6, r"responses\[1\] must hold token ids, .* it is \['a'\]"),
+        (0, [[[5, 6]]] + [[5]] * 7, r"queries\[0\] must hold token ids"),
+        (0, [[5, None]] + [[5]] * 7, r"queries\[0\] must hold token ids"),
+        (0, [torch.tensor([True])] + [[5]] * 7, r"queries\[0\] must hold token ids, .* torch\.bool"),
+        (0, [torch.tensor(5)] + [[5]] * 7, r"queries\[0\] must hold token ids, .* it is \(\) torch\.int64"),
+        (1, [[5]] * 7 + ["a"], r"responses\[7\] must be a list or tensor of token ids, not str"),
+        (3, [None] * 8, r"response_masks\[0\] must hold 0 or 1 for each of the"),
+        (3, ["ab"] * 8, r"response_masks\[0\] must hold 0 or 1"),
+        (2, [0.0] * 7 + [float("nan")], r"scores\[7\] is not finite: nan"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named_and_nothing_moves(place, wrong, message):
+    made, given = trainer(), [*batch(), None]
+    start = weights(made)
+    given[place] = wrong
+    with pytest.raises(ValueError, match=message):
+        made.step(*given)
+    assert is_still(made, start) and made.updates == 0 and not made.optimizer.state
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])  # without padding, and with it
+@pytest.mark.parametrize("pad_id", [-1, 32])
+def test_a_pad_token_that_the_model_has_not_is_never_read(kind, pad_id):
+    special = type("T", (), {"eos_token_id": tiny.EOS, "pad_token_id": pad_id})
+    prompts, responses, _ = batch()
+    found, wanted = (trainer(kind, given=g).observe(prompts, responses) for g in ({"tokenizer": special}, {}))
+    assert tiny.far(found.logprobs, wanted.logprobs) < 1e-6
+
+
+def test_rewards_of_tokens_stay_as_they_came():
+    """The penalty of a missing eos is taken from a copy."""
+    prompts, responses, _ = batch()
+    given = [torch.zeros(len(r)) for r in responses]
+    stats = trainer(missing_eos_penalty=2.0).step(prompts, responses, given)
+    assert stats["ppo/mean_scores"] < -0.5 and not any(row.any() for row in given)
 
 
 @pytest.mark.parametrize(

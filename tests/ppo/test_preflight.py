@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 import tasks.lm.sequences
+import tasks.ppo.preflight
 import tasks.ppo.trainer
 from params.schema import PPOConfig
 from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.ppo import PPOTrainer
-from tasks.ppo.preflight import PROBE, ROUNDS, preflight
+from tasks.ppo.preflight import FULL, HALF, PROBE, ROUNDS, TF32, _rounding, preflight
 from tasks.run.layout import Refusal
 
 DROPOUT = {
@@ -87,6 +88,25 @@ def test_dropout_in_the_update_is_found(kind, dtype):
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
+@pytest.mark.parametrize(("mini", "micro", "wanted"), [(4, 2, 2), (4, 64, 4), (32, 64, PROBE)])
+def test_it_reads_as_an_update_reads(monkeypatch, mini, micro, wanted):
+    """In as many rows, in its precision, with its checkpoints; rows alone are read without autocast."""
+    keys = {"dtype": "bfloat16", "gradient_checkpointing": True}
+    trainer, rows = made(batch_size=32, mini_batch_size=mini, **keys), {True: [], False: []}
+    trainer.microbatch_rows, honest = micro, tasks.ppo.preflight.read_responses
+
+    def noted(model, sequences, temperature):
+        is_update = torch.is_grad_enabled()
+        rows[is_update].append(len(sequences.tokens))
+        assert torch.is_autocast_enabled("cpu") is is_update
+        assert ("forward" in vars(model.pretrained_model.model.layers[0])) is is_update  # runs again
+        return honest(model, sequences, temperature)
+
+    monkeypatch.setattr(tasks.ppo.preflight, "read_responses", noted)
+    preflight(trainer, PROMPTS, varied)
+    assert rows[True] == [wanted] and sum(rows[False]) == PROBE and max(rows[False]) == min(micro, PROBE)
+
+
 def test_a_model_left_in_training_mode_is_found():
     trainer = made("gpt2")
     trainer.model.train()
@@ -101,6 +121,66 @@ def test_another_reference_is_found_before_the_first_update_alone(kind, dtype):
     assert re.search(r"KL\(policy, reference\) is not 0 before .* [\d.]+ nats", refused(trainer))
     trainer.updates = 1
     preflight(trainer, PROMPTS, varied)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "is_found"),
+    [
+        ("float32", 1.0005, False),
+        ("float32", 1.002, True),
+        ("bfloat16", 1.05, False),
+        ("bfloat16", 1.2, True),
+    ],
+)
+@pytest.mark.parametrize("place", ["reference", "update"])
+def test_how_small_a_difference_is_rounding(place, dtype, factor, is_found):
+    """The last norm scales the logits: half a thousandth of them is half a thousandth of a nat."""
+    reference = tiny.causal(**DROPOUT["llama"])
+    trainer = made(reference=reference, dtype=dtype)
+    if place == "reference":
+        reference.model.norm.weight.data.mul_(factor)
+    else:
+        trainer.model.pretrained_model.model.norm.register_forward_hook(
+            lambda module, inputs, out: out * factor if torch.is_grad_enabled() else out
+        )
+    if is_found:
+        words = "KL(policy, reference) is not 0" if place == "reference" else "first minibatch is not 1"
+        assert words in refused(trainer)
+    else:
+        preflight(trainer, PROMPTS, varied)
+
+
+@pytest.mark.parametrize(("rounding", "bits"), [(FULL, 24), (TF32, 11), (HALF, 8)])
+def test_the_tolerances_follow_the_products(rounding, bits):
+    """A logit of 16 errs by 16 units of its factors; a running sum of 2¹⁷ terms by 2^8.5 of float32's."""
+    assert 16 * 2**-bits < rounding.nats < 0.2
+    assert max(2**-bits, 2**8.5 * 2**-24) < rounding.cumulative < 0.05
+    assert 0.85 < rounding.agreement < 1
+    assert FULL.nats < TF32.nats < HALF.nats and FULL.cumulative < TF32.cumulative < HALF.cumulative
+    assert FULL.agreement > TF32.agreement > HALF.agreement
+
+
+@pytest.mark.parametrize("precision", ["none", "ieee", "tf32"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_products_in_tf32_are_known(monkeypatch, device, precision):
+    """The flag is of CUDA alone, and asking for it wakes no CUDA; a half stays a half."""
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=precision))
+    trainer = SimpleNamespace(device=torch.device(device), config=PPOConfig(), model=nn.Linear(2, 2))
+    wanted = TF32 if (device, precision) == ("cuda", "tf32") else FULL
+    assert _rounding(trainer) is _rounding(trainer, autocast=True) is wanted
+    trainer.config = PPOConfig(dtype="bfloat16")
+    assert _rounding(trainer) is wanted and _rounding(trainer, autocast=True) is HALF
+    trainer.model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16())
+    assert _rounding(trainer) is HALF and not torch.cuda.is_initialized()
+
+
+def test_the_older_names_of_the_switch_are_the_same_switch():
+    try:
+        for allowed in (True, False):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            assert (torch.backends.cuda.matmul.fp32_precision == "tf32") is allowed
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -123,6 +203,33 @@ def test_a_warped_sampler_is_found(monkeypatch, kind, warp, dtype):
     assert re.search(r"no draws of .* choose [\d.]+% of \d+ tokens again \(9.% is wanted\)", refused(trainer))
 
 
+@pytest.mark.parametrize("warp", [{"temperature": 0.82}, {"min_tokens": 12}])
+def test_a_slightly_warped_sampler_is_found(monkeypatch, warp):
+    """Of another temperature; of an eos that is trained and never said."""
+    trainer, honest = made(), tasks.ppo.trainer.generate
+    monkeypatch.setattr(tasks.ppo.trainer, "generate", lambda *a, **keys: honest(*a, **keys | warp))
+    assert "no draws of the distribution" in refused(trainer)
+
+
+@pytest.mark.parametrize(("dtype", "is_found"), [("float32", True), ("bfloat16", False)])
+def test_a_few_tokens_that_are_no_draws_are_found(monkeypatch, dtype, is_found):
+    """The last token of five responses; that is a twentieth of all: rounding of halves, no other."""
+    trainer, sample = made(dtype=dtype), PPOTrainer.sample
+
+    def sampled(self, prompts, seeds, *rest):
+        found = sample(self, prompts, seeds, *rest)
+        for row in range(5):
+            last = int(found.is_response[row].sum()) - 1
+            found.tokens[row, last] = 2 + (found.tokens[row, last] + 13) % 30
+        return found
+
+    monkeypatch.setattr(PPOTrainer, "sample", sampled)
+    if is_found:
+        assert re.search(r"choose 9[4-8]\.\d% of \d+ tokens again \(99% is wanted\)", refused(trainer))
+    else:
+        preflight(trainer, PROMPTS, varied)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_an_eos_that_cannot_be_said_is_found(kind):
     model = tiny.causal(kind, **DROPOUT[kind])
@@ -130,12 +237,18 @@ def test_an_eos_that_cannot_be_said_is_found(kind):
     head.weight, head.bias = model.lm_head.weight, nn.Parameter(torch.zeros(32))
     model.lm_head = head
     preflight(made(kind, model=model), PROMPTS, varied)
+    head.bias.data[tiny.EOS] = -12.0  # times 1 / 0.8: seldom, but said
+    preflight(made(kind, model=model), PROMPTS, varied)
+    head.bias.data[tiny.EOS] = -60.0
+    assert re.search(r"eos \(token 1\) has a probability of at most \S+e-", refused(made(kind, model=model)))
     head.bias.data[tiny.EOS] = -torch.inf
     found = refused(made(kind, model=model))
     assert "no response can end: eos (token 1) has a probability of at most 0" in found
     outside = SimpleNamespace(pad_token_id=0, eos_token_id=32)
     found = refused(made(kind, tokenizer=outside))
     assert "no response can end: eos is token 32, the vocabulary has 32" in found
+    outside = SimpleNamespace(pad_token_id=0, eos_token_id=-1)
+    assert "no response can end: eos is token -1" in refused(made(kind, tokenizer=outside))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +266,13 @@ def test_an_eos_that_cannot_be_said_is_found(kind):
 def test_a_reward_that_teaches_nothing_is_found(reward_fn, words):
     with pytest.raises(Refusal, match=words):
         preflight(made(), PROMPTS, reward_fn)
+
+
+@pytest.mark.parametrize(("first", "more"), [(1.0, 1e-4), (-1.0, 1e-4), (0.0, 1e-9)])
+def test_a_reward_that_differs_a_little_teaches(first, more):
+    calls = []
+    preflight(made(), PROMPTS, lambda p, r: calls.append(p) or [first + more * i for i in range(len(r))])
+    assert len(calls) == 1
 
 
 def test_a_rare_reward_is_waited_for():

@@ -193,6 +193,16 @@ def test_lines_within_a_cell_are_the_texts_own(tmp_path):
     assert from_file(tmp_path / "s.csv")(["a", "a"], ["b\nc", "b\r\nc"]).tolist() == [2, 1]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("s.json", b'{"prompt": " a\\n", "response": " b ", "score": 1}'),
+     ("s.csv", b"prompt,response,score\r a , b ,1\r")],
+)  # fmt: skip
+def test_white_space_around_a_text_and_old_line_ends_do_not_matter(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert from_file(tmp_path / name)(["a"], ["b"]).tolist() == [1]
+
+
 def test_a_long_text_is_quoted_in_part(tmp_path):
     (tmp_path / "s.jsonl").write_text(json.dumps(ROWS[0]))
     with pytest.raises(ValueError, match=r"no score for 'x{60}…' in answer to 'What'"):
@@ -218,6 +228,9 @@ def test_a_file_scores_token_ids_by_their_text(tmp_path):
         ("s.jsonl", '{"prompt": "a", "response": "b", "score": "good"}', "the score 'good' is no finite"),
         ("s.jsonl", '{"prompt": "a", "response": "b", "score": [1]}', r"the score \[1\] is no finite"),
         ("s.jsonl", '{"prompt": "a", "response": "b", "score": 1%s}' % (400 * "0"), "the score 10+ is no"),
+        ("s.jsonl", '{"prompt": ["a"], "response": "b", "score": 1}', "line 1: prompt and response must be"),
+        ("s.jsonl", '{"prompt": "a", "response": "b", "score": Infinity}', "the score inf is no finite"),
+        ("s.csv", "prompt,response,score\na,b," + "x" * 99, "the score 'x{59} is no finite"),
         ("s.jsonl", "", "holds no scores"),
         ("s.csv", "prompt,response,score\na,b,1\na,c", r"s\.csv, line 3: a row needs"),
         ("s.csv", 'prompt,response,score\na,"b\nb",1\na,c,x', "line 4: the score 'x' is no finite number"),
