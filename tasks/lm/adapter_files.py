@@ -111,8 +111,6 @@ def put_on(model, saved: SavedAdapter, name: str, trains: bool = False):
     has_head = any(isinstance(getattr(bare, head, None), nn.Module) for head in HEADS)
     speaks = "SEQ_2_SEQ_LM" if bare.config.is_encoder_decoder else "CAUSAL_LM"
     config.task_type = "SEQ_CLS" if has_head else speaks
-    others = [m for m in config.modules_to_save or [] if m not in HEADS]
-    config.modules_to_save = config.modules_to_save if has_head else others or None
     if name in {part for place, _ in model.named_modules() for part in place.split(".")}:
         raise ValueError(f"{saved.name} cannot be called {name}: the model has a part of that name")
     if hasattr(model, "peft_config"):

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from adapted import copied, lora, moved, same_state, saved_base, saved_policy, saved_scorer
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -153,6 +154,10 @@ def test_all_adapters_survive_save_and_load(tmp_path, way):
     kept = tmp_path / "saved" / "reward_model_adapter"
     again = Valued.from_pretrained(base, peft_config=lora(), reward_adapter=kept)
     assert torch.equal(again.score_documents(DOCUMENTS), policy.score_documents(DOCUMENTS))
+    assert json.loads((kept / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    assert tiny.far(score_documents(PeftModel.from_pretrained(plain, kept), DOCUMENTS, 8),
+                    policy.score_documents(DOCUMENTS)) < 1e-5, "plain peft finds the head too"  # fmt: skip
     merged = merge_checked(policy, DOCUMENTS)
     merged.save_pretrained(tmp_path / "merged")
     assert tiny.far(Valued.from_pretrained(tmp_path / "merged")(ids)[0], found(ids)[0]) < 1e-5

@@ -52,6 +52,13 @@ def test_the_reference_of_an_adapter_that_says_something_is_its_copy(keys):
     assert torch.equal(logits(model), later) and model.active_adapters == ["default"]
 
 
+def test_a_copy_is_in_the_mode_of_the_model():
+    for mode in (True, False):
+        model = moved(get_peft_model(tiny.causal(), lora(lora_dropout=0.5))).train(mode)
+        reference_adapters(model)
+        assert {m.training for m in model.modules()} == {mode}
+
+
 def test_the_reference_of_a_fresh_adapter_is_the_model_without_it():
     assert reference_adapters(get_peft_model(tiny.causal(), lora())) == []
     model = moved(get_peft_model(tiny.causal(), lora()))

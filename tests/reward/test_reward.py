@@ -230,6 +230,8 @@ def test_an_adapter_is_merged(packed, tmp_path):
     assert not layout.artifact("reward", "model", "adapter_config.json").exists()
     kept = read_adapter(layout.artifact("reward", "model", "adapter"), "test")
     assert kept.config.base_model_name_or_path == "artifacts/sft/model"
+    facts = json.loads((kept.folder / "adapter_config.json").read_text())
+    assert facts["target_modules"] == sorted(facts["target_modules"]), "the same bytes in every process"
     policy = AutoModelForCausalLMWithValueHead.from_pretrained(
         layout.artifact("sft", "model"), peft_config=LoraConfig(r=2, target_modules=["q_proj"])
     )
