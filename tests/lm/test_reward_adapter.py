@@ -79,10 +79,11 @@ def test_a_reward_adapter_becomes_a_plain_reward_model(kind, tmp_path):
 def test_scoring_leaves_the_model_as_it_was(two):
     policy, _ = two
     before = policy.eval()(input_ids=torch.tensor([DOCUMENTS[1]]))[0]
+    scores = policy.score_documents(DOCUMENTS)
     policy.train().pretrained_model.base_model.model.get_output_embeddings().eval()
     modes = [m.training for m in policy.modules()]
     flags = [p.requires_grad for p in policy.parameters()]
-    policy.score_documents(DOCUMENTS)
+    assert torch.equal(policy.score_documents(DOCUMENTS), scores), "without dropout"
     assert [m.training for m in policy.modules()] == modes
     assert [p.requires_grad for p in policy.parameters()] == flags
     assert policy.pretrained_model.active_adapters == ["default"]
