@@ -119,12 +119,12 @@ def _ppo(params: Params, shape: Shape, processes: int, device: Device) -> Estima
 
 
 def _trained(section, shape: Shape) -> int:
-    rank = getattr(section, "lora_rank", 0)
+    rank = section.lora_rank
     return shape.of_lora(rank) if rank else shape.parameters
 
 
 def _base(params: Params) -> float:
-    return OF_WEIGHT[getattr(params.model, "quantize", "none")]
+    return OF_WEIGHT[params.model.quantize]
 
 
 def _flops(parameters: int, trained: int) -> float:
@@ -139,7 +139,7 @@ def _rate(device: Device, dtype: str) -> float:
 
 def _steps(section, examples: int, batch: int) -> int:
     by_epochs = math.ceil(examples / batch * section.epochs)
-    most = getattr(section, "max_steps", None)
+    most = section.max_steps
     return min(by_epochs, most) if most and examples else most or by_epochs
 
 

@@ -18,7 +18,8 @@ warnings.filterwarnings("ignore", message='Field name "register"')  # a stage's 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
-OptimizerName = Literal["adamw", "muon"]
+OptimizerName = Literal["adamw", "adamw_8bit", "muon", "sgd"]
+EIGHT_BITS = "adamw_8bit: bitsandbytes, GPU"
 LAUNCH_FILES = Path(__file__).parent / "accelerate"
 
 
@@ -95,6 +96,9 @@ class ModelParams(Section):
         "", description="Hub id or folder of a pre-trained causal model; empty: made from `config`"
     )
     revision: str = Field("main", description="Hub revision of `base`; a folder has none")
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="weights under the adapters of sft, reward and ppo; needs bitsandbytes and a GPU"
+    )
     config: ArchitectureParams = ArchitectureParams()
 
 
@@ -172,7 +176,9 @@ class SFTParams(Section):
     num_layers_unfrozen: int | None = Field(
         None, ge=0, description="blocks that are trained, from the last; null: the whole model"
     )
-    optimizer: OptimizerName = Field("muon", description="muon: hidden matrices by Muon, the rest by AdamW")
+    optimizer: OptimizerName = Field(
+        "muon", description=f"muon: hidden matrices by Muon, the rest by AdamW; {EIGHT_BITS}"
+    )
     learning_rate: Positive = Field(3e-3, description="peak")
     epochs: Positive = Field(4, description="passes over the packed rows")
     max_steps: int | None = Field(None, ge=1, description="most optimizer steps; null: the epochs decide")
@@ -208,7 +214,9 @@ class RewardParams(Section):
     num_layers_unfrozen: int | None = Field(
         None, ge=0, description="last blocks that train, with the head; null: all of the model"
     )
-    optimizer: OptimizerName = Field("muon", description="muon: hidden matrices by Muon, the rest by AdamW")
+    optimizer: OptimizerName = Field(
+        "muon", description=f"muon: hidden matrices by Muon, the rest by AdamW; {EIGHT_BITS}"
+    )
     learning_rate: Positive = Field(1.5e-3, description="peak")
     epochs: Positive = Field(2.25, description="passes over the questions")
     max_steps: int | None = Field(None, ge=1, description="most optimizer steps; null: the epochs decide")
@@ -242,8 +250,16 @@ class PPOConfig(Section):
     """Proximal policy optimisation; fields shared with TRL 0.11 keep its names, meanings and defaults."""
 
     updates: int = Field(100, ge=1, description="rollouts, each followed by ppo_epochs passes over it")
-    learning_rate: Positive = Field(1.41e-5, description="constant, Adam")
+    lora_rank: int = Field(
+        0, ge=0, description="of an adapter on the SFT model, merged in the end; 0: all weights"
+    )
+    lora_alpha: Positive = Field(16, description="the adapter's outputs are multiplied by alpha / rank")
+    optimizer: Literal["adam", "adamw", "adamw_8bit", "muon", "sgd"] = Field(
+        "adam", description=f"adam: TRL's; {EIGHT_BITS}"
+    )
+    learning_rate: Positive = Field(1.41e-5, description="constant")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of Adam's second moment")
+    weight_decay: float = Field(0.0, ge=0, description="of matrices; adam has none")
     batch_size: int = Field(128, ge=1, description="responses of one rollout, over all processes")
     mini_batch_size: int = Field(128, ge=1, description="responses per backward pass, over all processes")
     gradient_accumulation_steps: int = Field(1, ge=1, description="minibatches per optimizer step")
@@ -347,6 +363,8 @@ class PPOConfig(Section):
                 f"ppo.kl_penalty: {self.kl_penalty} cannot be paid in the loss (ppo.kl_in); mse, k3 can: kl "
                 "has no gradient in the mean, abs is no divergence, full needs the reference in each pass"
             )
+        if self.optimizer == "adam" and self.weight_decay:
+            raise ValueError(f"ppo.weight_decay is {self.weight_decay}, and ppo.optimizer adam takes none")
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("ppo.use_score_norm needs ppo.use_score_scaling")
         return self
@@ -389,6 +407,21 @@ class Params(Section):
     ppo: PPOConfig = PPOConfig()
     policy_eval: PolicyEvalParams = PolicyEvalParams()
     register: RegisterParams = RegisterParams()
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Params:
+        if self.model.quantize != "none":
+            if not self.model.base:
+                raise ValueError("model.quantize needs model.base: a model made from nothing has no base")
+            for name in ("sft", "reward", "ppo"):
+                if not getattr(self, name).lora_rank:
+                    raise ValueError(
+                        f"{name}.lora_rank is 0, but model.quantize is {self.model.quantize}: on a quantised "
+                        "base only an adapter learns"
+                    )
+            if self.ppo.num_value_layers_unfrozen:
+                raise ValueError("ppo.num_value_layers_unfrozen: blocks of a quantised base cannot be copied")
+        return self
 
     @model_validator(mode="after")
     def _lengths(self) -> Params:

@@ -211,6 +211,22 @@ def test_mlflow_knows_every_stage_and_the_three_models(clone):
     assert "candidate" in found["aliases"]
 
 
+def test_the_whole_pipeline_by_adapters(clone, tmp_path):
+    """The SFT model of a first run as base; ends with a registered policy that is plain and merged."""
+    other = Clone(tmp_path / "other")
+    base = tmp_path / "base"
+    shutil.copytree(clone.root / "artifacts/sft/model", base)
+    numbers = [number for number in TINY if not number.startswith("model.")]
+    other.run("python", "-m", "params", "use", "adapters", f"model.base={base}", *numbers)
+    assert other.ran() == list(STAGES)
+    for stage in ("sft", "reward", "ppo"):
+        folder = other.root / "artifacts" / stage / "model"
+        assert (folder / "model.safetensors").is_file() and not (folder / "adapter_config.json").exists()
+    assert (other.root / "artifacts/reward/model/adapter/adapter_config.json").is_file()
+    registered = json.loads((other.root / "artifacts/register/registered.json").read_text())
+    assert registered["stackrl-policy"] == outs(other.lock())["artifacts/ppo/model"]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "word"),
     [("sft.learning_rate", "-1", "sft.learning_rate"), ("ppo.lern", "1", "ppo.lern")],

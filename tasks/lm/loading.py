@@ -93,15 +93,21 @@ def load_seq2seq(base: str | Path, revision: str = "main", key: str = "model.bas
     return _load(AutoModelForSeq2SeqLM, base, key, revision=revision, **keys)
 
 
-def load_reward(base: str | Path, revision: str = "main", key: str = "model.base"):
+def load_reward(base: str | Path, revision: str = "main", key: str = "model.base", **keys):
     """A sequence-classification model with one label, float32; another model gets a fresh score head.
+
+    Args:
+        base: folder or Hub id.
+        revision: on the Hub.
+        key: what names `base`, for messages.
+        keys: for transformers' `from_pretrained`.
 
     Raises:
         ValueError: as :func:`load_causal`.
     """
     from transformers import AutoModelForSequenceClassification
 
-    return _load(AutoModelForSequenceClassification, base, key, num_labels=1, revision=revision)
+    return _load(AutoModelForSequenceClassification, base, key, num_labels=1, revision=revision, **keys)
 
 
 def create_causal(config: dict, tokenizer):
@@ -152,7 +158,8 @@ def _load(auto, base: str | Path, key: str = "model.base", dtype=None, **keys):
         raise ValueError(f"{key}: the folder {base} holds no *.safetensors weights")
     try:
         return auto.from_pretrained(str(base), dtype=dtype or torch.float32, use_safetensors=True, **keys)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:  # the last: a truncated file
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        # RuntimeError, ImportError: quantised weights, and no GPU or package for them; the last: a cut file
         raise ValueError(f"{key}: cannot load {base}: {_one_line(error)}") from error
 
 

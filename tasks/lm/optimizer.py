@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, or Muon for the matrices inside the model and AdamW for the rest."""
+"""Optimizers by name: Adam, AdamW, 8-bit AdamW, SGD, or Muon for hidden matrices and AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
+from tasks.lm.quantized import check_bitsandbytes
+
+NAMES = ("adam", "adamw", "adamw_8bit", "muon", "sgd")
+MOMENTUM = 0.9  # of sgd
+OUTER = ("lm_head", "embed_out", "score", "classifier", "summary")  # heads, the value head's included
 BETAS = (0.9, 0.95)
 
 
@@ -66,14 +71,19 @@ class MuonAdamW(Optimizer):
     """
 
     def __init__(
-        self, matrices: list[nn.Parameter], others: list[nn.Parameter], lr: float, weight_decay: float
+        self,
+        matrices: list[nn.Parameter],
+        others: list[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float] = BETAS,
     ) -> None:
         keys = {"lr": lr, "weight_decay": weight_decay}
         self.parts: dict[str, Optimizer] = {}  # an adapter leaves nothing to AdamW, a frozen trunk to Muon
         if matrices:
             self.parts["muon"] = BatchedMuon(matrices, **keys)
         if others:
-            self.parts["adamw"] = AdamW(others, betas=BETAS, **keys)
+            self.parts["adamw"] = AdamW(others, betas=betas, **keys)
         super().__init__([*matrices, *others], keys)
         self._link()
 
@@ -101,29 +111,82 @@ class MuonAdamW(Optimizer):
         self._link()
 
 
-def make_optimizer(model: nn.Module, name: str, learning_rate: float, weight_decay: float) -> Optimizer:
-    """`adamw` or `muon` over the trainable parameters; norms and biases do not decay under AdamW."""
+def check_optimizer(name: str, key: str = "optimizer") -> None:
+    """Refuse, before compute is spent, an optimizer that cannot be had.
+
+    Args:
+        name: one of NAMES.
+        key: names it in messages.
+
+    Raises:
+        ValueError: another name, or `adamw_8bit` without bitsandbytes or a GPU.
+    """
+    if name not in NAMES:
+        raise ValueError(f"{key} is {name!r}; {', '.join(NAMES[:-1])} or {NAMES[-1]} is wanted")
+    if name == "adamw_8bit":
+        check_bitsandbytes(f"{key}: adamw_8bit", "take adamw")
+
+
+def make_optimizer(
+    model: nn.Module,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = BETAS,
+    key: str = "optimizer",
+) -> Optimizer:
+    """An optimizer over the trainable parameters; norms and biases do not decay but under Muon.
+
+    Args:
+        model: bare, under adapters, or with a value head.
+        name: `adam` (arXiv 1412.6980), `adamw` (1711.05101), `adamw_8bit` (2110.02861), `muon` or `sgd`.
+        learning_rate: of all parameters.
+        weight_decay: decoupled from the gradient; `adam` has none, and of `sgd` it is part of the gradient.
+        betas: decay of the two moments of the Adams.
+        key: names `name` in messages.
+
+    Raises:
+        ValueError: as :func:`check_optimizer`, or `adam` with a weight decay.
+    """
+    check_optimizer(name, key)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if name == "muon":
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]  # of positions too
-        outer = {id(p) for module in (*tables, *_heads(model)) for p in module.parameters()}
+        heads = [m for n, m in model.named_modules() if n.rpartition(".")[2] in OUTER]
+        outer = {id(p) for module in (*tables, *heads) for p in module.parameters()}
         matrices = [p for _, p in named if p.ndim == 2 and id(p) not in outer]
         inner = {id(p) for p in matrices}
-        return MuonAdamW(matrices, [p for _, p in named if id(p) not in inner], learning_rate, weight_decay)
+        others = [p for _, p in named if id(p) not in inner]
+        return MuonAdamW(matrices, others, learning_rate, weight_decay, betas)
+    if name == "adam":
+        if weight_decay:
+            raise ValueError(f"{key}: adam has no weight decay ({weight_decay}); adamw has")
+        return Adam([p for _, p in named], learning_rate, betas=betas, fused=True)
     groups = [
         {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=BETAS)
+    groups = [g for g in groups if g["params"]]
+    if name == "sgd":
+        return SGD(groups, lr=learning_rate, momentum=MOMENTUM)
+    if name == "adamw":
+        return AdamW(groups, lr=learning_rate, betas=betas)
+    return _in_8_bits(model, groups, learning_rate, betas)
 
 
-def _heads(model: nn.Module) -> list[nn.Module]:
-    heads = (getattr(model, name, None) for name in ("lm_head", "score", "classifier"))
-    return [head for head in heads if isinstance(head, nn.Module)]
+def _in_8_bits(model: nn.Module, groups: list[dict[str, Any]], rate: float, betas: tuple) -> Optimizer:
+    """AdamW whose moments are 8-bit, but for embeddings, which are not stable so (arXiv 2110.02861, 2.3)."""
+    import bitsandbytes
+
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+    return bitsandbytes.optim.AdamW8bit(groups, lr=rate, betas=betas)
 
 
 class NamedOptimizer:
-    """A mixin before transformers' Trainer whose `args.optimizer` is `adamw` or `muon`."""
+    """A mixin before transformers' Trainer whose `args.optimizer` is one of NAMES."""
 
     def create_optimizer(self, model=None) -> Optimizer:
         """The optimizer that `args` name, over the trainable parameters."""

@@ -36,6 +36,7 @@ class RewardModel:
         device: torch.device | str = "cpu",
         revision: str = "main",
         key: str = "artifacts/reward/model",
+        **keys: Any,
     ) -> RewardModel:
         """From a folder or the Hub.
 
@@ -45,12 +46,13 @@ class RewardModel:
             device: the model's.
             revision: on the Hub.
             key: names `base` in messages.
+            keys: for transformers' `from_pretrained`.
 
         Raises:
             ValueError: model or tokenizer cannot be loaded, or a decoder's tokenizer has no eos.
         """
         tokenizer = load_tokenizer(base, revision, key, needs_eos=False)
-        model = load_reward(base, revision, key)
+        model = load_reward(base, revision, key, **keys)
         if tokenizer.eos_token_id is None and not is_encoder(model):
             raise ValueError(f"{key}: the tokenizer of {base} has no eos token")
         fit_embeddings(model, tokenizer)

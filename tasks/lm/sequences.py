@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 
@@ -20,6 +20,7 @@ from tasks.lm.critic import calls_of
 from tasks.lm.forest import Forest, Segment, first_position, has_forest, plant, run_forest
 from tasks.lm.heads import Predictions, predict
 from tasks.lm.seq2seq import is_seq2seq, predict_targets
+from tasks.lm.switching import at_work
 from tasks.lm.trunk import TrunkStates, encoder_states, given_trunk, shares_trunk, trunk_alone
 
 
@@ -201,7 +202,13 @@ def read_trunk(causal, sequences: Sequences, depth: int) -> TrunkStates:
 
 @torch.no_grad()
 def response_kl(
-    model, ref_model, sequences: Sequences, temperature: float, *, trunk: TrunkStates | None = None
+    model,
+    ref_model,
+    sequences: Sequences,
+    temperature: float,
+    *,
+    trunk: TrunkStates | None = None,
+    reference: Callable[[], AbstractContextManager] | None = None,
 ) -> Tensor:
     """Exact KL(policy || reference), nats, of the distribution that each response token is drawn from.
 
@@ -212,6 +219,7 @@ def response_kl(
         temperature: the logits of both are divided by it.
         trunk: of these rows, as in :func:`read_responses`, for the policy; and for the reference where it
             shares it.
+        reference: opens a context in which the policy is the reference; None: without its adapter.
 
     Returns:
         [B, R], without a gradient, zero where there is no token.
@@ -220,12 +228,13 @@ def response_kl(
         ValueError: the two predict over vocabularies of different sizes.
     """
     other = model if ref_model is None else ref_model
-    policy, reference = (getattr(each, "pretrained_model", each) for each in (model, other))
+    policy, frozen = (getattr(each, "pretrained_model", each) for each in (model, other))
     own, _, _ = _predict(policy, sequences, trunk)
-    if trunk is not None and not shares_trunk(policy, reference, trunk.depth):
+    if trunk is not None and not shares_trunk(policy, frozen, trunk.depth):
         trunk = None
-    with reference.disable_adapter() if ref_model is None else nullcontext():
-        other, _, _ = _predict(reference, sequences, trunk)
+    enter = reference or (lambda: at_work(frozen, []))
+    with nullcontext() if ref_model is not None else enter():
+        other, _, _ = _predict(frozen, sequences, trunk)
     return _spread(own.kl_nats(other, temperature), sequences.is_response)
 
 

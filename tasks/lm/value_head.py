@@ -15,13 +15,21 @@ from tasks.lm.adapters import add_adapter, has_adapter
 from tasks.lm.critic import ValueBranch, ValueHead, branch_layers, calls_of, states_of
 from tasks.lm.forest import first_position, unwrapped
 from tasks.lm.heads import check_causal
+from tasks.lm.hub import VALUE_HEAD
 from tasks.lm.loading import load_causal, load_seq2seq
-from tasks.lm.saved_policy import VALUE_HEAD, load_policy, read_value_head, warn_of_pickle
+from tasks.lm.reward_adapter import REWARD, ScoredByAdapter, load_reward_adapter
+from tasks.lm.saved_policy import (
+    load_policy,
+    read_value_head,
+    save_policy,
+    saved_reward_adapter,
+    warn_of_pickle,
+)
 from tasks.lm.seq2seq import check_seq2seq
 from tasks.lm.sequences import positions_of
 
 
-class ModelWithValueHead(nn.Module):
+class ModelWithValueHead(ScoredByAdapter):
     """`pretrained_model` with a `v_head`; the forward returns (logits, loss, values).
 
     What there is for a model of each kind: :class:`AutoModelForCausalLMWithValueHead` and
@@ -79,6 +87,8 @@ class ModelWithValueHead(nn.Module):
         base: str | Path | nn.Module,
         *,
         peft_config=None,
+        reward_adapter: str | Path | None = None,
+        reward_adapter_name: str = REWARD,
         revision: str = "main",
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
@@ -92,18 +102,23 @@ class ModelWithValueHead(nn.Module):
         Args:
             base: a model of transformers or PEFT; or a folder or Hub id, of a model or of an adapter whose
                 configuration names its model.
-            peft_config: of an adapter to put on; `base` has none then.
+            peft_config: of an adapter to put on; one that the folder `base` holds is frozen below it.
+            reward_adapter: folder or Hub id of an adapter with a score head that was trained on the same
+                base (:meth:`compute_reward_score`); None: the one that was saved with the policy.
+            reward_adapter_name: what it is called beside the policy's.
             revision: on the Hub, of `base`.
             dtype: of the language model's weights; float32 where None. The head's are float32.
             torch_dtype: the same by its older name.
             is_trainable: whether an adapter that `base` holds is trained further.
             token: for the Hub.
             num_value_layers_unfrozen: as for the class; None: as many as were saved.
-            keys: the others of the class, or for transformers' `from_pretrained`.
+            keys: the others of the class, or for transformers' `from_pretrained`; `load_in_8bit=True`,
+                `load_in_4bit=True` or a `quantization_config` quantise the base.
 
         Raises:
-            ValueError: nothing to load there, a saved head that does not fit, an adapter on an adapter, a key
-                for loading beside a model object; and as the class.
+            ValueError: nothing to load there, a saved head that does not fit, an adapter on an adapter of a
+                model object, a key for loading beside one, a reward adapter of another base or without a
+                score head, a quantised base where none can run; and as the class.
         """
         own = {name: keys.pop(name) for name in cls.__init__.__kwdefaults__ if name in keys}
         dtype = torch_dtype if dtype is None else dtype
@@ -111,23 +126,34 @@ class ModelWithValueHead(nn.Module):
             if keys or dtype is not None:
                 given = ", ".join([*keys, *(["dtype"] if dtype is not None else [])])
                 raise ValueError(f"{given}: for loading, but base is a {type(base).__name__} already")
-            model, saved = base, {}
+            model, saved, found = base, {}, None
+            if peft_config is not None:
+                model = add_adapter(model, config=peft_config)
         else:
             there = {"revision": revision, "token": token}
-            model = load_policy(base, is_trainable, load=cls.load, dtype=dtype, **there, **keys)
+            given = {"load": cls.load, "peft_config": peft_config, "dtype": dtype}
+            model = load_policy(base, is_trainable, **given, **there, **keys)
+            found = saved_reward_adapter(base, **there)
             saved = read_value_head(base, **there)
             if not saved:
-                warn_of_pickle(base, model)
+                warn_of_pickle(base, **there)
         layers = branch_layers(saved)
         k = layers if num_value_layers_unfrozen is None else num_value_layers_unfrozen
         if layers not in (0, k):
             raise ValueError(f"num_value_layers_unfrozen is {k}; {base} holds a value branch of {layers}")
-        if peft_config is not None:
-            model = add_adapter(model, config=peft_config)
         wrapped = cls(model, num_value_layers_unfrozen=k, **own)
         if saved:
             wrapped.v_head.load_saved(saved)
+        if reward_adapter is not None:
+            found = load_reward_adapter(reward_adapter, token), reward_adapter_name
+        if found is not None:
+            wrapped.take_reward_adapter(*found)
         return wrapped
+
+    def take_merged(self, model: nn.Module) -> None:
+        """Stand over `model` from now on, into which the adapter was merged (tasks.lm.adapters)."""
+        self.pretrained_model, self.config = model, model.config
+        self.is_peft_model, self.rm_adapter_name, self.score = has_adapter(model), None, None
 
     def save_pretrained(self, folder: str | Path, **keys: Any) -> None:
         """A plain transformers folder (under PEFT, the adapter's), with the value head in a file of its own.
@@ -136,7 +162,7 @@ class ModelWithValueHead(nn.Module):
             folder: made where it is missing.
             keys: for the language model's `save_pretrained`, for example `max_shard_size`.
         """
-        self.pretrained_model.save_pretrained(folder, **keys)
+        save_policy(self, folder, **keys)
         save_file({k: v.contiguous() for k, v in self.v_head.state_dict().items()}, Path(folder) / VALUE_HEAD)
 
     def push_to_hub(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from params.schema import PPOConfig
 from tasks.lm.generation import Responses, row_seeds
+from tasks.lm.switching import learnt, load_learnt
 from tasks.ppo.batch import check_batch, check_tokens
 from tasks.ppo.preflight import preflight
 from tasks.ppo.reward_functions import RewardFunction, scores_of, texts_of
@@ -219,7 +220,7 @@ class Loop:
         found = dict(zip(HELD_OUT, (score, kl), strict=True))
         self.curve.add(number, **found)
         if kl <= self.config.kl_budget_nats and (self.best is None or score > self.best["score"]):
-            weights = {k: v.detach().clone() for k, v in trainer.model.state_dict().items()}
+            weights = {k: v.detach().clone() for k, v in learnt(trainer.model).items()}
             self.best = {"update": number, "score": score, "weights": weights}
         return found
 
@@ -242,7 +243,7 @@ class Loop:
     def select(self) -> int:
         """Put the chosen weights into the model; returns the update they are from."""
         if self.config.select == "best" and self.best:
-            self.trainer.model.load_state_dict(self.best["weights"])
+            load_learnt(self.trainer.model, self.best["weights"])
             return self.best["update"]
         return self.trainer.updates
 

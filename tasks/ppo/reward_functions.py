@@ -87,19 +87,43 @@ def from_model(
     Raises:
         ValueError: no such model, more labels than one, or `normalize` without a scores.json.
     """
-    mean, std = _scale_of(model) if normalize else (0.0, 1.0)
+    scale = _scale_of(model) if normalize else (0.0, 1.0)
     if isinstance(model, str | Path):
         model = RewardModel.load(model, tokenizer, device, key="model")
     elif not isinstance(model, RewardModel):
         check_scorer(model)
         model = RewardModel(model, tokenizer, tokenizer, shares_tokens=True)
+    return _of_tokens(lambda prompts, responses: model.score(prompts, responses, rows), tokenizer, *scale)
 
+
+def from_adapter(
+    model: Any, tokenizer: Any, *, scores: str | Path | None = None, rows: int = 64
+) -> RewardFunction:
+    """The score of the reward adapter on the policy's own base, at the document's last token.
+
+    Args:
+        model: the policy, with `reward_adapter`.
+        tokenizer: the policy's.
+        scores: folder of a scores.json, which normalises as in :func:`from_model`; None: raw scores.
+        rows: documents in one forward.
+
+    Raises:
+        ValueError: the model has no reward adapter, or the folder no scores.json.
+    """
+    if not getattr(model, "supports_rm_adapter", False):
+        raise ValueError("model has no reward adapter; load it with reward_adapter, or use from_model")
+    scale = (0.0, 1.0) if scores is None else _scale_of(scores)
+    whole = lambda *both: [p + r for p, r in zip(*both, strict=True)]  # noqa: E731
+    return _of_tokens(lambda *both: model.score_documents(whole(*both), rows), tokenizer, *scale)
+
+
+def _of_tokens(score: Callable, tokenizer: Any, mean: float, std: float) -> RewardFunction:
     def model_score(prompts: Sequence, responses: Sequence) -> Tensor:
         if _are_texts(prompts):
             whole = [p + r for p, r in zip(prompts, responses, strict=True)]
             prompts = [without_eos(ids, tokenizer) for ids in encode_texts(tokenizer, whole)]
             responses = [[tokenizer.eos_token_id]] * len(prompts)
-        return (model.score(_ids(prompts), _ids(responses), rows) - mean) / std
+        return (score(_ids(prompts), _ids(responses)) - mean) / std
 
     model_score.reads_tokens = True
     return model_score

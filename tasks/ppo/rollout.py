@@ -58,7 +58,7 @@ def observe(
 
     Args:
         model: a causal language model with a value head.
-        ref_model: another one; None: the model without its adapter.
+        ref_model: another one; None: the model under other adapters, or none.
         reference: opens a context that gives either as a causal model.
         sequences: B rows.
         is_action: [B, R].
@@ -78,7 +78,7 @@ def observe(
                 shared = trunk if hydra.is_shared else None
                 ref_logprobs = response_logprobs(other, part, temperature, trunk=shared)
             if kl_penalty == "full":
-                kl = response_kl(model, ref_model, part, temperature, trunk=trunk)
+                kl = response_kl(model, ref_model, part, temperature, trunk=trunk, reference=reference)
             else:
                 kl = kl_estimate(logprobs - ref_logprobs, kl_penalty)
         trunks = _keep(trunks, trunk, hydra.most_bytes)

@@ -8,9 +8,13 @@ from pyarrow import parquet
 
 from params.schema import Params
 from tasks.lm import AutoModelForCausalLMWithValueHead
+from tasks.lm.adapter_files import read_adapter
+from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
+from tasks.lm.generation import row_seeds
 from tasks.lm.loading import load_causal, load_tokenizer
+from tasks.lm.quantized import is_quantized, quantized_keys
 from tasks.ppo.loop import HELD_OUT, Loop
-from tasks.ppo.reward_functions import from_model
+from tasks.ppo.reward_functions import RewardFunction, from_adapter, from_model
 from tasks.ppo.trainer import PPOTrainer
 from tasks.run.curve import plot
 from tasks.run.devices import derive_seed, seed_everything, use_device
@@ -18,6 +22,8 @@ from tasks.run.files import staged
 from tasks.run.layout import Layout, Refusal, StageResult
 from tasks.run.progress import Progress
 from tasks.run.tracking import log_artifact, log_metrics
+
+PROBES = 8  # prompts on whose responses a merge is checked
 
 
 def refuse_unless_passed(layout: Layout) -> None:
@@ -32,25 +38,25 @@ def prepare(params: Params, layout: Layout) -> tuple[Loop, object]:
     """Models, prompts and trainer, as the stage needs them; returns the loop and the tokenizer.
 
     Raises:
-        ValueError: no prompt, or a reward model without its scores.json.
+        ValueError: no prompt, a reward model without its scores.json, or a quantised base where none can run.
     """
     config, machine = params.ppo, params.machine
     device = use_device(machine.device, machine.threads)
     seed_everything(derive_seed(params.seed, "ppo", "models"))
     source = layout.artifact("sft", "model")
     tokenizer = load_tokenizer(source)
+    causal = load_causal(source, **quantized_keys(params.model.quantize))
+    if config.lora_rank:
+        causal = add_adapter(causal, config.lora_rank, config.lora_alpha)
     policy = AutoModelForCausalLMWithValueHead(
-        load_causal(source), num_value_layers_unfrozen=config.num_value_layers_unfrozen
+        causal, num_value_layers_unfrozen=config.num_value_layers_unfrozen
     )
     trainer = PPOTrainer(
         config, policy, tokenizer=tokenizer,
         seed=params.seed, device=device,
         microbatch_rows=machine.microbatch_rows, trunk_megabytes=machine.trunk_megabytes,
     )  # fmt: skip
-    reward_fn = from_model(
-        layout.artifact("reward", "model"), tokenizer,
-        normalize=config.normalize_scores, rows=machine.microbatch_rows, device=device,
-    )  # fmt: skip
+    reward_fn = reward_of(params, layout, policy, tokenizer, device)
     rows = parquet.read_table(
         layout.artifact("pack", "prompts", "rl.parquet"), columns=["prompt", "is_validation"]
     ).to_pylist()
@@ -60,12 +66,38 @@ def prepare(params: Params, layout: Layout) -> tuple[Loop, object]:
     return Loop(trainer, reward_fn, train, held or train[:64], machine.decode_rows), tokenizer
 
 
+def reward_of(params: Params, layout: Layout, policy, tokenizer, device) -> RewardFunction:
+    """The reward model's scores; its adapter's, on the policy's own base, where both are adapters."""
+    folder, rows = layout.artifact("reward", "model"), params.machine.microbatch_rows
+    is_normal, adapter = params.ppo.normalize_scores, folder / "adapter"
+    if not (params.ppo.lora_rank and adapter.is_dir()):
+        return from_model(folder, tokenizer, normalize=is_normal, rows=rows, device=device)
+    policy.take_reward_adapter(read_adapter(adapter, "artifacts/reward/model/adapter"))
+    return from_adapter(policy, tokenizer, scores=folder if is_normal else None, rows=rows)
+
+
+def merge(params: Params, layout: Layout, loop: Loop) -> None:
+    """The policy without its adapter, which is merged into the SFT model; checked on responses of its own.
+
+    Raises:
+        ValueError: the merged policy says something else.
+    """
+    policy, prompts = loop.trainer.model, loop.held[:PROBES]
+    seeds = row_seeds(derive_seed(params.seed, "ppo", "merge"), len(prompts))
+    responses = loop.trainer.sample(prompts, seeds).lists()
+    documents = [p + r for p, r in zip(prompts, responses, strict=True)]
+    if is_quantized(policy.pretrained_model):
+        merge_onto(load_causal(layout.artifact("sft", "model")), policy, documents)
+    else:
+        merge_checked(policy, documents)
+
+
 def run(params: Params, layout: Layout) -> StageResult:
     """The stage.
 
     Raises:
         Refusal: the reward model did not pass its gate, or the preflight found that nothing could be learnt.
-        ValueError: as :func:`prepare`.
+        ValueError: as :func:`prepare` and :func:`merge`.
     """
     refuse_unless_passed(layout)
     loop, _ = prepare(params, layout)
@@ -79,6 +111,8 @@ def run(params: Params, layout: Layout) -> StageResult:
 
         loop.run(layout.scratch("ppo"), params.machine.checkpoint_updates, report)
     chosen = loop.select()
+    if params.ppo.lora_rank:
+        merge(params, layout, loop)
     with staged(layout.artifact("ppo", "model")) as out:
         trainer.save_pretrained(out)
     loop.curve.write(layout.artifact("ppo", "curve.csv"))

@@ -19,11 +19,13 @@ from tasks.lm.forest import serve_forest, unwrapped
 from tasks.lm.freezing import blocks_of, freeze_layers
 from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
 from tasks.lm.masked import alone, whiten
+from tasks.lm.optimizer import check_optimizer, make_optimizer
 from tasks.lm.precision import autocast
 from tasks.lm.reference import create_reference_model
 from tasks.lm.room import Room, speaking_room
 from tasks.lm.seq2seq import is_seq2seq, warn_of_start
 from tasks.lm.sequences import lay_out, read_responses
+from tasks.lm.switching import at_work, learnt, load_learnt, reference_adapters
 from tasks.lm.trunk import Hydra
 from tasks.lm.value_head import ModelWithValueHead
 from tasks.ppo.advantages import gae
@@ -52,10 +54,11 @@ class PPOTrainer:
         config: learning rate, batch sizes, KL price and clip ranges.
         model: AutoModelForCausalLMWithValueHead or AutoModelForSeq2SeqLMWithValueHead, trained in place.
         ref_model: a language model of the same kind, with or without a value head; KL is measured to it.
-            None: the model without its adapter where it has one, else a frozen copy of it.
+            None: what the model says now, as a frozen copy of it, or of its adapter where it has one (a
+            fresh adapter: the model without it).
         tokenizer: gives eos and pad, and is saved with the model.
         dataset: rows for `dataloader`, which gives batches of `batch_size`, shuffled, without a remainder.
-        optimizer: over the model's parameters; None: Adam (arXiv 1412.6980).
+        optimizer: over the model's parameters; None: the one that `config.optimizer` names.
         data_collator: of `dataloader`.
         num_shared_layers: without a `ref_model`: first layers that are frozen and that it shares in memory;
             `config.num_layers_unfrozen` counts from the other end.
@@ -69,7 +72,8 @@ class PPOTrainer:
     Raises:
         ValueError: a model of another kind, a tokenizer without eos or pad, a reference of another
             vocabulary or no model, an optimizer of other parameters, batch sizes that the processes do not
-            divide, a tracker that is not installed, more layers unfrozen or shared than there are.
+            divide, a tracker or an optimizer that is not there, more layers unfrozen or shared than there
+            are, weights of the base that learn beside an adapter.
     """
 
     def __init__(
@@ -97,6 +101,12 @@ class PPOTrainer:
         _check_models(model, ref_model, tokenizer)
         _check_optimizer(optimizer, model)
         check_tracker(config.log_with)
+        check_optimizer(config.optimizer, "ppo.optimizer")
+        if config.lora_rank and not model.is_peft_model:
+            raise ValueError(
+                f"ppo.lora_rank is {config.lora_rank}, but the model has no adapter; put one on "
+                "(from_pretrained with peft_config), or leave ppo.lora_rank at 0"
+            )
         self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
         processes = self.accelerator.num_processes
         for name in ("batch_size", "mini_batch_size"):
@@ -107,6 +117,7 @@ class PPOTrainer:
         self.batch_rows, self.mini_rows = config.batch_size // processes, config.mini_batch_size // processes
         self.device = torch.device(device) if device is not None else self.accelerator.device
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
+        self.ref_adapters: list[str] = []  # at work in the reference, where there is no ref_model
         self.ref_model = self._reference_of(ref_model, num_shared_layers)
         for served in (self.model, self.ref_model):
             if served is not None:
@@ -127,9 +138,10 @@ class PPOTrainer:
         self.guard = SpikeGuard(config.ratio_threshold, config.spike_factor, config.max_skipped_steps)
         self.restore: Callable[[], None] | None = None  # brings the last good state back; a loop sets it
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = optimizer or torch.optim.Adam(
-            self.parameters, config.learning_rate, betas=(0.9, config.adam_beta2), fused=True
-        )
+        self.optimizer = optimizer or make_optimizer(
+            self.model, config.optimizer, config.learning_rate, config.weight_decay,
+            betas=(0.9, config.adam_beta2), key="ppo.optimizer",
+        )  # fmt: skip
         self.lr_scheduler, self.dataset = lr_scheduler, dataset
         self.dataloader = None if dataset is None else self._load(dataset, data_collator)
 
@@ -250,12 +262,12 @@ class PPOTrainer:
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        """The causal model that KL is measured to: `ref_model`, or the policy without its adapter."""
+        """The causal model that KL is measured to: `ref_model`, or the policy's base under `ref_adapters`."""
         if self.ref_model is not None:
             yield _causal(self.ref_model)
         else:
-            with self.model.pretrained_model.disable_adapter():
-                yield self.model.pretrained_model
+            with at_work(self.model.pretrained_model, self.ref_adapters) as causal:
+                yield causal
 
     # ---- updates
 
@@ -512,10 +524,10 @@ class PPOTrainer:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on."""
+        """All that the next step depends on; of a model under an adapter, what is not the base's."""
         scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
         return {
-            "model": self.model.state_dict(),
+            "model": learnt(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": scheduler,
             "kl_coef": self.kl_ctl.value,
@@ -527,8 +539,12 @@ class PPOTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.model.load_state_dict(state["model"])
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is of another model; nothing has moved.
+        """
+        load_learnt(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["scheduler"])
@@ -574,6 +590,7 @@ class PPOTrainer:
             freeze_layers(causal, unfrozen)
             return ref_model.to(self.device).eval()
         if self.model.is_peft_model:
+            self.ref_adapters = reference_adapters(causal)
             freeze_layers(causal, unfrozen)
             return None
         return create_reference_model(self.model, num_shared_layers)

@@ -77,7 +77,7 @@ class RewardConfig(TrainingArguments):
     microbatch_tokens: int = field(
         default=1024, metadata={"help": "most tokens of one forward; a longer question is alone; 0: no bound"}
     )
-    optimizer: str = field(default="adamw", metadata={"help": "adamw or muon (tasks.lm.optimizer)"})
+    optimizer: str = field(default="adamw", metadata={"help": "by its name in tasks.lm.optimizer"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "groups are records, not columns"})
     report_to: str | list[str] | None = field(default="none")
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import Any
 
 from pyarrow import parquet
+from torch import Tensor
 
 from params.schema import Params
+from tasks.lm.adapter_files import tensors_of, write_adapter
 from tasks.lm.adapters import lora
 from tasks.lm.loading import load_tokenizer, save_model
+from tasks.lm.optimizer import check_optimizer
 from tasks.lm.products import use_onednn_products
+from tasks.lm.quantized import quantized_keys
 from tasks.lm.reward_model import RewardModel
 from tasks.reward.config import RewardConfig
 from tasks.reward.records import GroupedAnswers, share_prompt
@@ -65,13 +70,23 @@ def group_of(row: dict, reward_model: RewardModel) -> GroupedAnswers:
     )
 
 
+def adapter_of(model) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """Copies of what ppo puts on its own base: the adapter's configuration, its tensors, the score head."""
+    head = model.get_base_model().score.modules_to_save["default"].state_dict()
+    copies = ({k: v.clone() for k, v in part.items()} for part in (tensors_of(model, "default"), head))
+    return model.peft_config["default"], *copies
+
+
 def run(params: Params, layout: Layout) -> StageResult:
     """The stage.
 
     Raises:
-        ValueError: no training group; no model or tokenizer; a merge that changes scores.
+        ValueError: no training group; no model or tokenizer; a merge that changes scores; a quantised base or
+            an 8-bit optimizer where none can run.
     """
     reward, machine = params.reward, params.machine
+    check_optimizer(reward.optimizer, "reward.optimizer")
+    quantized = quantized_keys(params.model.quantize)
     device = use_device(machine.device, machine.threads)
     if machine.onednn and device.type == "cpu":
         use_onednn_products()
@@ -80,7 +95,7 @@ def run(params: Params, layout: Layout) -> StageResult:
     source = layout.artifact("sft", "model")
     policy_tokenizer = load_tokenizer(source)
     named = {"revision": reward.revision, "key": "reward.base"} if reward.base else {}
-    reward_model = RewardModel.load(reward.base or source, policy_tokenizer, **named)
+    reward_model = RewardModel.load(reward.base or source, policy_tokenizer, **named, **quantized)
     train, held = read_groups(layout, reward_model)
     if not train:
         raise ValueError("reward: artifacts/pack/groups/reward.parquet holds no training question")
@@ -104,8 +119,16 @@ def run(params: Params, layout: Layout) -> StageResult:
     follow(trainer, "reward")
     trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
     metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
+    whole = trainer.whole()
+    kept = adapter_of(whole) if adapter and whole is not None and not reward.base else None
+    if quantized:
+        whole = trainer.merged(RewardModel.load(reward.base or source, policy_tokenizer, **named).model)
+    elif adapter:
+        whole = trainer.merged()
     with staged(layout.artifact("reward", "model")) as folder:
-        save_model(trainer.merged() if adapter else trainer.whole(), tokenizer, folder)
+        save_model(whole, tokenizer, folder)
+        if kept:
+            write_adapter(folder / "adapter", *kept, base="artifacts/sft/model")
         scores = {"mean": metrics["score_mean"], "std": metrics["score_std"]}
         (folder / SCORES).write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n")
     curve = Curve.of_log(trainer.state.log_history, ("eval_loss", "eval_accuracy"), ("loss", "accuracy"))

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import EvalPrediction, Trainer, set_seed
 
-from tasks.lm.adapters import add_adapter, merge_checked
+from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.dropout import disable_dropout
 from tasks.lm.forest import serve_forest, unwrapped
 from tasks.lm.freezing import freeze_layers
@@ -161,17 +161,22 @@ class RewardTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
             found |= self.compute_metrics(EvalPrediction(pair.numpy(), torch.zeros(len(pair)).numpy()))
         return {f"{prefix}_{k}": v for k, v in found.items()}
 
-    def merged(self):
+    def merged(self, onto=None):
         """The plain model, its adapter merged in; checked on documents of the training data.
 
         As :meth:`whole`, None on the other ranks where weights are sharded.
+
+        Args:
+            onto: the base in full precision, where the model's own is quantised.
 
         Raises:
             ValueError: it does not score as the adapter does (:func:`tasks.lm.adapters.merge_checked`).
         """
         documents = [(*group.prompt, *r) for group in self.train_dataset[:PROBES] for r in group.responses]
         whole = self.whole()
-        return whole and merge_checked(whole, documents)
+        if whole is None:
+            return None
+        return merge_checked(whole, documents) if onto is None else merge_onto(onto, whole, documents)
 
 
 def pair_scores(scores: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:

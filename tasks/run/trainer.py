@@ -28,8 +28,8 @@ class SafeCheckpoints:
     `args.output_dir` holds checkpoints of `tasks.run.checkpoint`: safetensors and JSON, two of them (or
     `save_total_limit`, if more). ``trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())``, or
     ``trainer.resume()``, goes on from the newest that verifies, bit for bit on a CPU: weights, optimizer,
-    schedule, generators, data position, callbacks, log history and the loss that is not logged yet. Frozen
-    weights of a PEFT model are left out: they are the base model's. Data parallel ranks keep their generators
+    schedule, generators, data position, callbacks, log history and the loss that is not logged yet. What
+    is frozen of a PEFT model is left out: it is the base model's. Data parallel ranks keep their generators
     in ``rank-<i>/``. Sharded training (FSDP, DeepSpeed) cannot be checkpointed here and is refused.
     """
 
@@ -98,7 +98,7 @@ class SafeCheckpoints:
 
     def _weights(self) -> dict[str, torch.Tensor]:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        left_out = _frozen(model)
+        left_out = _of_base(model)
         return {name: value for name, value in model.state_dict().items() if name not in left_out}
 
     def _moving_parts(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class SafeCheckpoints:
     def _fit(self, checkpoint: Checkpoint) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         missing, unknown = model.load_state_dict(checkpoint.state["model"], strict=False)
-        if wrong := sorted((set(missing) - _frozen(model)) | set(unknown)):
+        if wrong := sorted((set(missing) - _of_base(model)) | set(unknown)):
             raise ValueError(f"{checkpoint.path} is of another model: {len(wrong)} weights, {wrong[0]} first")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -204,8 +204,9 @@ class _AtStart(TrainerCallback):
         self.trainer._start()
 
 
-def _frozen(model: torch.nn.Module) -> set[str]:
-    """Parameters of a PEFT model that belong to its base."""
+def _of_base(model: torch.nn.Module) -> set[str]:
+    """What of a PEFT model's state belongs to its base; of a quantised one more than parameters."""
     if not hasattr(model, "peft_config"):
         return set()
-    return {name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
+    named = model.named_parameters(remove_duplicate=False)
+    return set(model.state_dict()) - {name for name, value in named if value.requires_grad}

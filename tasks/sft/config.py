@@ -40,7 +40,7 @@ class SFTConfig(TrainingArguments):
     microbatch_tokens: int = field(
         default=2048, metadata={"help": "most tokens of one forward; a longer row goes alone; 0: no bound"}
     )
-    optimizer: str = field(default="adamw", metadata={"help": "adamw or muon (tasks.lm.optimizer)"})
+    optimizer: str = field(default="adamw", metadata={"help": "by its name in tasks.lm.optimizer"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "rows are records, not columns"})
     report_to: str | list[str] | None = field(default="none")
 

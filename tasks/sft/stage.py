@@ -7,7 +7,9 @@ from pyarrow import parquet
 from params.schema import Params
 from tasks.lm.adapters import lora
 from tasks.lm.loading import create_causal, fit_embeddings, load_causal, load_tokenizer, save_model
+from tasks.lm.optimizer import check_optimizer
 from tasks.lm.products import use_onednn_products
+from tasks.lm.quantized import quantized_keys
 from tasks.run.arguments import training_arguments
 from tasks.run.curve import Curve, plot
 from tasks.run.devices import derive_seed, seed_everything, use_device
@@ -38,9 +40,12 @@ def run(params: Params, layout: Layout) -> StageResult:
     """The stage.
 
     Raises:
-        ValueError: a base model without weights, no training row, a merge that changes what the model says.
+        ValueError: a base model without weights, no training row, a merge that changes what the model says,
+            a quantised base or an 8-bit optimizer where none can run.
     """
     sft, machine = params.sft, params.machine
+    check_optimizer(sft.optimizer, "sft.optimizer")
+    quantized = quantized_keys(params.model.quantize)
     device = use_device(machine.device, machine.threads)
     if machine.onednn and device.type == "cpu":
         use_onednn_products()
@@ -48,7 +53,7 @@ def run(params: Params, layout: Layout) -> StageResult:
     seed_everything(seed)
     tokenizer = load_tokenizer(layout.artifact("pack", "tokenizer"))
     if params.model.base:
-        model = load_causal(params.model.base, params.model.revision)
+        model = load_causal(params.model.base, params.model.revision, **quantized)
     else:
         model = create_causal(params.model.config.model_dump(exclude={"vocab_size"}), tokenizer)
     fit_embeddings(model, tokenizer)
@@ -74,7 +79,12 @@ def run(params: Params, layout: Layout) -> StageResult:
     follow(trainer, "sft")
     trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
     metrics = trainer.evaluate()
-    model = trainer.merged() if adapter else trainer.whole()
+    if quantized:
+        base = load_causal(params.model.base, params.model.revision)
+        fit_embeddings(base, tokenizer)
+        model = trainer.merged(onto=base)
+    else:
+        model = trainer.merged() if adapter else trainer.whole()
     with staged(layout.artifact("sft", "model")) as folder:
         save_model(model, tokenizer, folder)
     curve = Curve.of_log(trainer.state.log_history, ("loss", "learning_rate", "grad_norm"))

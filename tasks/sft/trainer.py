@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import EvalPrediction, Trainer, set_seed
 from transformers.trainer_utils import PredictionOutput
 
-from tasks.lm.adapters import add_adapter, merge_checked
+from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.forest import has_forest, run_forest, serve_forest, unwrapped
 from tasks.lm.freezing import freeze_layers
 from tasks.lm.heads import Predictions, check_causal, predict
@@ -110,17 +110,24 @@ class SFTTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
         self.model_accepts_loss_kwargs = True  # the loss below divides by the tokens of the whole batch
         self._loss_shifts_labels = False  # and ours are aligned already: every label counts
 
-    def merged(self):
+    def merged(self, onto=None):
         """The plain model, its adapter merged in; checked on documents of the training data.
 
         As :meth:`whole`, None on the other ranks where weights are sharded.
+
+        Args:
+            onto: the base in full precision, where the model's own is quantised.
 
         Raises:
             ValueError: it does not say what the adapter says (:func:`tasks.lm.adapters.merge_checked`).
         """
         documents = [document for row in self.train_dataset[:PROBES] for document in row.documents()]
         whole = self.whole()
-        return whole and merge_checked(whole, documents[:PROBES])
+        if whole is None:
+            return None
+        if onto is not None:
+            return merge_onto(onto, whole, documents[:PROBES])
+        return merge_checked(whole, documents[:PROBES])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A part's share of the mean negative log-likelihood per predicted token of the batch, nats."""

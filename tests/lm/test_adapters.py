@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.lm.adapters import add_adapter, has_adapter, merge_checked
 
 DOCUMENTS = tiny.drawn([3, 7, 5], seed=1)
@@ -112,6 +113,39 @@ def test_a_merge_that_gives_nan_is_seen(monkeypatch):
         merge_checked(adapter, DOCUMENTS)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("layers", [0, 1])
+def test_a_policy_is_merged_under_its_value_head(kind, layers, tmp_path):
+    model = AutoModelForCausalLMWithValueHead(
+        trained(tiny.causal(kind), 2, 4), v_head_init_strategy="normal", num_value_layers_unfrozen=layers
+    ).eval()
+    ids = torch.tensor([DOCUMENTS[1]])
+    wanted, _, values = model(input_ids=ids)
+    merged = merge_checked(model, DOCUMENTS)
+    assert merged is model and not merged.is_peft_model and not has_adapter(merged.pretrained_model)
+    found = merged(input_ids=ids)
+    assert tiny.far(found[0], wanted) <= 1e-5 and tiny.far(found[2], values) <= 1e-5
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(input_ids=ids)[0], merged(input_ids=ids)[0])
+    assert torch.equal(again(input_ids=ids)[2], merged(input_ids=ids)[2])
+    assert tiny.far(logits(AutoModelForCausalLM.from_pretrained(tmp_path), DOCUMENTS[1]), wanted) <= 1e-5
+
+
+def test_a_merge_that_loses_the_value_is_seen(monkeypatch):
+    keys = {"v_head_init_strategy": "normal"}
+    model = AutoModelForCausalLMWithValueHead(trained(tiny.causal(), 2, 4), **keys)
+    take = model.take_merged
+
+    def losing(merged):
+        take(merged)
+        torch.nn.init.zeros_(model.v_head.summary.weight)
+
+    monkeypatch.setattr(model, "take_merged", losing, raising=False)
+    with pytest.raises(ValueError, match=r"differs from its adapter by 1\.00e\+00 of the largest value"):
+        merge_checked(model, DOCUMENTS)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="adapter already"):
         add_adapter(add_adapter(tiny.causal(), 2, 4), 2, 4)
@@ -119,7 +153,3 @@ def test_refusals():
         add_adapter(tiny.causal(), config=PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="at least one document"):
         merge_checked(add_adapter(tiny.causal(), 2, 4), [])
-    quantised = tiny.causal()
-    quantised.hf_quantizer = object()
-    with pytest.raises(ValueError, match="LlamaForCausalLM is quantised"):
-        add_adapter(quantised, 2, 4)

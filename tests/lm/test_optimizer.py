@@ -8,9 +8,10 @@ import re
 import pytest
 import tiny
 import torch
-from torch.optim import AdamW, Muon
+from torch.optim import SGD, Adam, AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
 
+from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.lm.optimizer import BETAS, MuonAdamW, make_optimizer
 
 
@@ -142,3 +143,26 @@ def test_a_part_without_weights_is_left_out():
         optimizer.step()
         assert not any(map(torch.equal, before, (p for p in model.parameters() if p.requires_grad)))
         optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_adam_and_sgd_are_torchs():
+    model = tiny.causal("gpt2")
+    adam = make_optimizer(model, "adam", 1e-3, 0.0, (0.9, 0.95))
+    assert type(adam) is Adam and adam.param_groups[0]["betas"] == (0.9, 0.95)
+    assert taken(model, adam) == {n for n, _ in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"^x: adam has no weight decay \(0\.1\); adamw has"):
+        make_optimizer(model, "adam", 1e-3, 0.1, key="x")
+    sgd = make_optimizer(model, "sgd", 1e-3, 0.1)
+    assert type(sgd) is SGD and all(g["momentum"] == 0.9 and g["lr"] == 1e-3 for g in sgd.param_groups)
+    assert {(p.ndim >= 2) for g in sgd.param_groups if g["weight_decay"] for p in g["params"]} == {True}
+    assert taken(model, sgd) == {n for n, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_muon_leaves_the_value_head_to_adamw(layers):
+    """But takes the matrices of its blocks."""
+    model = AutoModelForCausalLMWithValueHead(tiny.causal(), num_value_layers_unfrozen=layers)
+    muon, adamw = make_optimizer(model, "muon", 1e-3, 0.1, (0.9, 0.95)).parts.values()
+    assert {"v_head.summary.weight", "pretrained_model.lm_head.weight"} <= taken(model, adamw)
+    assert len([n for n in taken(model, muon) if n.startswith("v_head.")]) == 7 * layers
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.95)

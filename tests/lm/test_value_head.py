@@ -289,8 +289,6 @@ def test_an_adapter_folder_loads_back(tmp_path, is_trainable):
     assert found.v_head.summary.weight.requires_grad
     half = Valued.from_pretrained(tmp_path / "adapter", dtype=torch.bfloat16).pretrained_model
     assert half.base_model.model.lm_head.weight.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="adapter already"):
-        Valued.from_pretrained(tmp_path / "adapter", peft_config=lora())
 
 
 def test_an_adapter_without_its_base_or_its_weights_is_refused(tmp_path):

@@ -163,7 +163,7 @@ def test_two_base_models(project, model):
         ([], "usage: python -m params use <preset>"),
         (["use"], "usage: "),
         (["chek"], "usage: "),
-        (["use", "sampel"], "no preset 'sampel'; there are sample, stack_exchange"),
+        (["use", "sampel"], "no preset 'sampel'; there are adapters, sample, stack_exchange"),
         (["use", "../sample"], "no preset '../sample'"),
         (["use", "sample", "seed"], "'seed' is no setting; write key=value"),
         (["use", "sample", "seed=1\n2"], "seed: a line break is in the value"),

@@ -53,6 +53,17 @@ def test_source(tmp_path):
         ("data: {source: []}", "data.source is empty"),
         ("data: {split: {rl: 0}}", "data.split.rl must be positive"),
         ("ppo: {batch_size: 100, mini_batch_size: 64}", "ppo.batch_size (100) must be a multiple of"),
+        ("ppo: {optimizer: lion}", "ppo.optimizer: input should be 'adam', 'adamw', 'adamw_8bit', 'muon' or"),
+        ("sft: {optimizer: adam}", "sft.optimizer: input should be 'adamw', 'adamw_8bit', 'muon' or 'sgd'"),
+        ("ppo: {weight_decay: 0.1}", "ppo.weight_decay is 0.1, and ppo.optimizer adam takes none"),
+        ("model: {quantize: 2bit}", "model.quantize: input should be 'none', '8bit' or '4bit'"),
+        ("model: {quantize: 4bit}", "model.quantize needs model.base"),
+        ("model: {base: a/b, quantize: 4bit}\nsft: {lora_rank: 1}", "reward.lora_rank is 0, but model.quan"),
+        (
+            "model: {base: a/b, quantize: 8bit}\nsft: {lora_rank: 1}\nreward: {lora_rank: 1}\n"
+            "ppo: {lora_rank: 1, num_value_layers_unfrozen: 1}",
+            "ppo.num_value_layers_unfrozen: blocks of a quantised base cannot be copied",
+        ),
         ("pack: {row_tokens: 64, document_tokens: 65}", "pack.document_tokens (65) exceeds pack.row"),
         ("model: {config: {max_position_embeddings: 9}}", "model.config.max_position_embeddings (9)"),
         ("seed: 1\nppo: {}\nseed: 2", "key 'seed' is given twice in"),

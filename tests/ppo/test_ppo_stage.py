@@ -9,11 +9,14 @@ import pyarrow as pa
 import pytest
 import tiny
 import torch
+from adapted import rounded, saved_scorer
 from pyarrow import parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks import pack
 from tasks.lm import AutoModelForCausalLMWithValueHead
+from tasks.lm.adapters import merge_checked
+from tasks.lm.loading import load_causal
 from tasks.pack.records import PROMPTS
 from tasks.ppo import run, stage
 from tasks.ppo.loop import COLUMNS, HELD_OUT
@@ -183,6 +186,86 @@ def test_held_out_prompts_are_the_validation_prompts_and_never_trained_on(upstre
     rollout = loop.held[:3], [[7, 8], [9, tiny.EOS], [tiny.EOS]]
     assert tiny.far(loop.reward_fn(*rollout), (plain.reward_fn(*rollout) - 0.5) / 2) <= 1e-5
     assert not any(p.requires_grad for p in loop.trainer.ref_model.parameters())
+
+
+@pytest.fixture(scope="module")
+def adapted(upstream, tmp_path_factory):
+    """The same upstream, whose reward model is an adapter on SFT that was merged."""
+    layout = tiny.project(tmp_path_factory.mktemp("adapted"))
+    for name in ("pack", "sft"):
+        layout.artifact(name).parent.mkdir(exist_ok=True)
+        layout.artifact(name).symlink_to(upstream.artifact(name))
+    folder, source = layout.artifact("reward", "model"), upstream.artifact("sft", "model").resolve()
+    scorer = saved_scorer(folder / "adapter", source)
+    tiny.save(merge_checked(scorer, [[5, 6, 7]]), folder)
+    (folder / "scores.json").write_text(json.dumps(SCORES))
+    return layout
+
+
+@pytest.mark.parametrize("way", ["merged reward model", "reward adapter"])
+def test_a_policy_by_an_adapter(upstream, adapted, tmp_path, monkeypatch, way):
+    """Trained, interrupted, resumed, merged: a plain folder, SFT's weights and what is of rank 2."""
+    source = upstream if way == "merged reward model" else adapted
+    whole, broken = (project(source, tmp_path / name) for name in ("whole", "broken"))
+    keys = params(lora_rank=2, lora_alpha=4, learning_rate=0.01)
+    loop, _ = stage.prepare(keys, whole)
+    assert loop.trainer.model.supports_rm_adapter == (way == "reward adapter")
+    assert loop.trainer.ref_model is None and loop.trainer.ref_adapters == []
+    wanted = run(keys, whole).metrics
+    with monkeypatch.context() as patch:
+        break_at(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(keys, broken)
+    assert run(keys, broken).metrics == wanted
+    assert tiny.digests(broken.artifact("ppo")) == tiny.digests(whole.artifact("ppo"))
+    folder = whole.artifact("ppo", "model")
+    assert not list(folder.glob("adapter*")) and (folder / "value_head.safetensors").is_file()
+    after, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    before = AutoModelForCausalLM.from_pretrained(upstream.artifact("sft", "model"))
+    values = torch.linalg.svdvals(
+        (after.model.layers[0].mlp.up_proj.weight - before.model.layers[0].mlp.up_proj.weight).detach()
+    )
+    assert not any(report.values()) and values[1] > 1e-4 and values[2] < 1e-5 * values[0]
+    assert torch.equal(after.lm_head.weight, before.lm_head.weight)
+
+
+def test_scores_by_the_adapter_are_those_of_the_merged_model(adapted, tmp_path):
+    layout = project(adapted, tmp_path)
+    prompts, responses = [[5, 6, 7], [9, 4]], [[7, tiny.EOS], [8, 3, 2]]
+    found, wanted = (stage.prepare(params(lora_rank=rank), layout)[0].reward_fn for rank in (2, 0))
+    assert tiny.far(found(prompts, responses), wanted(prompts, responses)) < 1e-5
+    raw = stage.prepare(params(lora_rank=2, normalize_scores=False), layout)[0].reward_fn
+    assert tiny.far(found(prompts, responses), (raw(prompts, responses) - 0.5) / 2) < 1e-5
+
+
+def test_a_policy_that_merges_wrongly_leaves_nothing(upstream, tmp_path, monkeypatch):
+    layout = project(upstream, tmp_path)
+    monkeypatch.setattr(stage, "merge_checked", lambda model, documents: merge_checked(model, documents, 0.0))
+    with pytest.raises(ValueError, match="differs from its adapter by"):
+        run(params(lora_rank=2, lora_alpha=400, learning_rate=0.1), layout)
+    assert not layout.artifact("ppo", "model").exists()
+
+
+def test_a_policy_on_a_quantised_base(adapted, tmp_path, monkeypatch):
+    """Rounded, as if by bitsandbytes; merged into SFT's weights as they were."""
+    layout, seen = project(adapted, tmp_path), []
+
+    def load(*given, quantization_config=None, **keys):
+        seen.append(quantization_config)
+        found = load_causal(*given, **keys)
+        return rounded(found) if quantization_config else found
+
+    monkeypatch.setattr(
+        stage, "quantized_keys", lambda kind: {"quantization_config": kind} if kind != "none" else {}
+    )
+    monkeypatch.setattr(stage, "load_causal", load)
+    given = params(lora_rank=1, learning_rate=0.01)
+    run(given.model_copy(update={"model": given.model.model_copy(update={"quantize": "8bit"})}), layout)
+    assert seen == ["8bit", None]
+    after, before = (load_causal(layout.artifact(name, "model")) for name in ("ppo", "sft"))
+    change = (after.model.layers[0].mlp.up_proj.weight - before.model.layers[0].mlp.up_proj.weight).detach()
+    values = torch.linalg.svdvals(change)
+    assert values[0] > 1e-3 and values[1] < 1e-5 * values[0]
 
 
 def test_no_training_prompt_is_named(upstream, tmp_path):

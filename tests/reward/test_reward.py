@@ -8,14 +8,19 @@ import math
 import pytest
 import tiny
 import torch
+from adapted import rounded
 from made_rewards import groups, padded_loss, padded_scores, trainer
+from peft import LoraConfig
 from pyarrow import parquet
 from trainings import FirstGradients, KillAt, Killed
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tasks import pack, ppo, reward_eval
+from tasks.lm import AutoModelForCausalLMWithValueHead
+from tasks.lm.adapter_files import read_adapter
 from tasks.lm.loading import load_causal
 from tasks.lm.reward_model import RewardModel
+from tasks.lm.scoring import score_documents
 from tasks.reward import collate, run
 from tasks.reward import stage as reward_stage
 from tasks.reward.stage import read_groups
@@ -223,11 +228,53 @@ def test_an_adapter_is_merged(packed, tmp_path):
     with torch.no_grad():
         assert metrics["loss"] == pytest.approx(padded_loss(plain, held).item(), rel=1e-4)
     assert not layout.artifact("reward", "model", "adapter_config.json").exists()
+    kept = read_adapter(layout.artifact("reward", "model", "adapter"), "test")
+    assert kept.config.base_model_name_or_path == "artifacts/sft/model"
+    facts = json.loads((kept.folder / "adapter_config.json").read_text())
+    assert facts["target_modules"] == sorted(facts["target_modules"]), "the same bytes in every process"
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(
+        layout.artifact("sft", "model"), peft_config=LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    policy.take_reward_adapter(kept)
+    documents = [(*g.prompt, *r) for g in held for r in g.responses]
+    assert tiny.far(policy.score_documents(documents), score_documents(plain, documents, 8)) < 1e-4
+    again = copied(packed, tmp_path / "again")
+    run(tiny.params(reward={"lora_rank": 2, "optimizer": "adamw", "learning_rate": 3e-2}), again)
+    found, wanted = (tiny.digests(each.artifact("reward", "model")) for each in (again, layout))
+    assert found == wanted
     sft = load_causal(layout.artifact("sft", "model"))
     assert torch.equal(plain.model.embed_tokens.weight, sft.model.embed_tokens.weight), (
         "what no adapter is on"
     )
     assert not torch.equal(plain.model.layers[0].mlp.up_proj.weight, sft.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_quantised_base_is_merged_in_full_precision(packed, tmp_path, monkeypatch):
+    """A base that is rounded, as if by bitsandbytes; the base is then loaded again, as it is."""
+    layout, seen = copied(packed, tmp_path / "run"), []
+    monkeypatch.setattr(reward_stage, "quantized_keys", lambda kind: {"quantization_config": kind})
+
+    def load(cls, *given, quantization_config=None, **keys):
+        seen.append(quantization_config)
+        found = loaded(*given, **keys)
+        if quantization_config:
+            rounded(found.model)
+        return found
+
+    loaded = RewardModel.load
+    monkeypatch.setattr(RewardModel, "load", classmethod(load))
+    settings = {"lora_rank": 2, "optimizer": "adamw", "learning_rate": 3e-2}
+    given = tiny.params(reward=settings)
+    quantised = given.model.model_copy(update={"quantize": "4bit"})
+    run(given.model_copy(update={"model": quantised}), layout)
+    assert seen == ["4bit", None]
+    plain = AutoModelForSequenceClassification.from_pretrained(layout.artifact("reward", "model"))
+    kept = read_adapter(layout.artifact("reward", "model", "adapter"), "test").tensors
+    name = "model.layers.0.mlp.up_proj"
+    a, b = (kept[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    sft = load_causal(layout.artifact("sft", "model"))
+    wanted = sft.get_submodule(name).weight + 16 / 2 * b @ a
+    assert tiny.far(plain.get_submodule(name).weight, wanted) < 1e-6
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -259,6 +306,7 @@ def test_an_encoder_from_training_to_ppo(packed, tmp_path, lora_rank):
     assert not RewardModel.load(layout.artifact("reward", "model"), tiny.tokenizer()).shares_tokens
     stats = loop.update()
     assert math.isfinite(stats["ppo/mean_scores"])
+    assert not (folder / "adapter").exists(), "the policy's base is not its own"
 
 
 def test_pairs_that_an_encoder_cannot_tell_apart_are_left_out(packed, tmp_path, caplog):

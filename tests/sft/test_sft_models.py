@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from adapted import rounded
 from peft import LoraConfig
 from test_documents import ASKED, SAID, chatty
 from test_sft import copied
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tasks import pack
+from tasks.lm.loading import load_causal
 from tasks.sft import PackedRow, SFTConfig, SFTTrainer, run
+from tasks.sft import stage as sft_stage
 
 PEER = os.environ.get("STACKRL_PEER_PYTHON")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "peer_trl.py"
@@ -205,6 +208,31 @@ def test_the_stage_saves_a_plain_folder(packed, tmp_path, sft):
     assert not list(folder.glob("adapter*"))
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()) and all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_quantised_base_is_merged_in_full_precision(packed, tmp_path, monkeypatch):
+    """A base that is rounded, as if by bitsandbytes; the merged model stands on the base as it was."""
+    base, seen = tiny.save(tiny.causal(vocab_size=330), tmp_path / "base"), []
+    layout = copied(packed, tmp_path / "run")
+
+    def load(*given, quantization_config=None, **keys):
+        seen.append(quantization_config)
+        found = load_causal(*given, **keys)
+        return rounded(found) if quantization_config else found
+
+    monkeypatch.setattr(sft_stage, "quantized_keys", lambda kind: {"quantization_config": kind})
+    monkeypatch.setattr(sft_stage, "load_causal", load)
+    given = tiny.params(
+        model={"base": str(base), "quantize": "8bit"},
+        sft={"lora_rank": 1, "optimizer": "adamw", "learning_rate": 1e-2},
+        reward={"lora_rank": 1}, ppo={"lora_rank": 1},
+    )  # fmt: skip
+    run(given, layout)
+    assert seen == ["8bit", None]
+    before, after = (load_causal(path) for path in (base, layout.artifact("sft", "model")))
+    change = [m.model.layers[1].mlp.up_proj.weight.detach() for m in (after, before)]
+    values = torch.linalg.svdvals(change[0] - change[1])
+    assert values[0] > 1e-3 and values[1] < 1e-5 * values[0], "the adapter, of rank 1, and no rounding"
 
 
 SHAPES = {
