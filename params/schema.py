@@ -238,6 +238,30 @@ class RewardEvalParams(Section):
     bootstrap_samples: int = Field(1000, ge=100, description="resamples of questions behind each interval")
 
 
+class MonitorParams(Section):
+    """How far responses may move from SFT's while the score rises, before that is called suspect."""
+
+    responses: int = Field(
+        256, ge=1, description="about how many a look at held-out prompts samples, as many to each prompt"
+    )
+    noise: Positive = Field(3.0, description="standard errors over prompts; what moved less did not move")
+    judge_share: float = Field(
+        0.4, ge=0, description="least share of the score's gain that the independent judge must gain too"
+    )
+    judge_fall: float = Field(
+        0.1, ge=0, description="of the judge since its best look, standard deviations of its scores"
+    )
+    kl_nats: Positive = Field(10.0, description="most KL to SFT, nats per response")
+    length_factor: float = Field(
+        1.5, gt=1, description="so many times as long as SFT's responses, or as short"
+    )
+    entropy_fall: Share = Field(0.5, description="of the policy's entropy per token, share of SFT's")
+    distinct_fall: Share = Field(0.3, description="of distinct bigrams, share of SFT's")
+    repetition_rise: Share = Field(0.05, description="of trigrams that stood in the response before")
+    code_fence_rise: Share = Field(0.1, description="of responses with a code fence, share of all")
+    eos_fall: Share = Field(0.1, description="of responses that end with eos, share of all")
+
+
 UNUSED_BY_PPO = (  # fields of TRL 0.11's PPOConfig that describe a run, or that nothing here needs
     "exp_name task_name model_name query_dataset reward_model remove_unused_columns tracker_kwargs "
     "accelerator_kwargs project_kwargs tracker_project_name push_to_hub_if_best_kwargs compare_steps "
@@ -318,6 +342,7 @@ class PPOConfig(Section):
     )
     kl_budget_nats: Positive = Field(1.0, description="KL per response that `select: best` may spend")
     eval_updates: int = Field(25, ge=1, description="updates between two looks at the held-out prompts")
+    monitor: MonitorParams = MonitorParams()
     preflight: bool = Field(
         True, description="try rollout, log-probabilities and reward before compute is spent"
     )

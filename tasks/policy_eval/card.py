@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.policy_eval.text import distinct, repetition, states
+from tasks.policy_eval.text import states
 from tasks.run.intervals import bootstrap
+from tasks.run.monitor.text import distinct, repetition
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,12 @@ def log_metrics(values: Mapping[str, float], step: int | None = None) -> None:
         _active.add(values, step or 0)
 
 
+def log_tag(name: str, text: str) -> None:
+    """A tag of the active stage run; nothing without one."""
+    if _active:
+        _active.attempt(_active.client.set_tag, _active.id, name, text)
+
+
 def check_tracker(name: str | None) -> None:
     """Refuse a tracker that is not installed.
 

@@ -14,7 +14,7 @@ from tasks.policy_eval.card import (
     render_table,
     win_rate,
 )
-from tasks.policy_eval.text import distinct, repetition, states
+from tasks.policy_eval.text import states
 
 
 @pytest.mark.parametrize(
@@ -38,22 +38,6 @@ from tasks.policy_eval.text import distinct, repetition, states
 def test_states(response, expected, right):
     """Every code span must be the expected value, and there must be one."""
     assert states(response, expected) is right
-
-
-def test_distinct_by_hand():
-    """5 5 6 · 5 5: unigrams 5 5 6 5 5 -> 2 of 5; bigrams 55 56 55 -> 2 of 3."""
-    assert distinct([[5, 5, 6], [5, 5]], 1) == pytest.approx(2 / 5)
-    assert distinct([[5, 5, 6], [5, 5]], 2) == pytest.approx(2 / 3)
-    assert distinct([[5]], 2) == distinct([], 1) == 0.0
-    assert distinct([[5, 6], [7, 8]], 2) == 1.0, "n-grams do not cross responses"
-
-
-def test_repetition_by_hand():
-    """1 2 3 1 2 3: trigrams 123 231 312 123 -> one of four stood there before."""
-    assert repetition([1, 2, 3, 1, 2, 3]) == pytest.approx(1 / 4)
-    assert repetition([1, 1, 1, 1]) == pytest.approx(1 / 2)
-    assert repetition([1, 2, 3, 4]) == repetition([1, 2]) == repetition([]) == 0.0
-    assert repetition([1, 1, 1], 1) == pytest.approx(2 / 3)
 
 
 def test_describe_by_hand():

@@ -69,6 +69,13 @@ def test_a_data_set_is_an_input_of_the_run(layout):
     assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "reward")]
 
 
+def test_a_tag_is_the_runs(layout):
+    tracking.log_tag("stackrl.monitor", "nobody hears")  # without a run: nothing
+    with tracking.stage_run("sft", {}, layout):
+        tracking.log_tag("stackrl.monitor", "nothing found")
+    assert the_run(layout).data.tags["stackrl.monitor"] == "nothing found"
+
+
 def test_a_stage_run_holds_params_metrics_artifacts_and_tags(layout):
     picture = layout.root / "loss.png"
     picture.write_bytes(b"png")
