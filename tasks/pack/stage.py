@@ -1,8 +1,9 @@
 """Questions -> tokens: the tokenizer, the template and every length.
 
 Writes `tokenizer/`, `rows/` (packed documents for sft), `groups/` (a question with its scored answers, for
-reward and reward_eval) and `prompts/` (for ppo and policy_eval). The four are separate outs, so that a new
-prompt length leaves sft and reward unchanged.
+reward and reward_eval; the judge's are of sft's split, so that it shares no question with the reward model)
+and `prompts/` (for ppo and policy_eval). The four are separate outs, so that a new prompt length leaves sft
+and reward unchanged.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ TOUCHED = {"cut": "answers_cut", "drop": "answers_dropped", "split": "answers_sp
 QUESTIONS_AT_A_TIME = 50_000  # whose documents are laid into rows together; the rest waits on disk
 PARTS = {
     "rows": (ROWS, ("sft",)),
-    "groups": (GROUPS, ("reward", "eval")),
+    "groups": (GROUPS, ("reward", "judge", "eval")),
     "prompts": (PROMPTS, ("rl", "eval")),
 }
+LEARNT = ("reward", "judge")  # groups a model learns from; what is held out keeps every pair
 
 
 def run(params: Params, layout: Layout) -> StageResult:
@@ -45,6 +47,7 @@ def run(params: Params, layout: Layout) -> StageResult:
         empty.
     """
     splits = {name: layout.artifact("data", f"{name}.parquet") for name in ("sft", "reward", "rl", "eval")}
+    splits["judge"] = splits["sft"]
     for path in splits.values():
         if not path.is_file():
             raise ValueError(f"pack: {path} is missing; run the data stage first")
@@ -61,7 +64,7 @@ def _run(params: Params, layout: Layout, splits: dict[str, Path], tokenizer, wor
     pack, count, found = params.pack, Counter(), {}
     for part, (_, names) in PARTS.items():
         for name in names:
-            exposure = pack.exposure if name == "reward" else "any"  # what is held out keeps every pair
+            exposure = pack.exposure if name in LEARNT else "any"
             function = {
                 "rows": Documents(tokenizer, pack),
                 "groups": Groups(tokenizer, pack, later_wins=exposure == "later_wins"),
@@ -78,7 +81,7 @@ def _run(params: Params, layout: Layout, splits: dict[str, Path], tokenizer, wor
             folder.mkdir()
             for name in names:
                 with TableWriter(folder / f"{name}.parquet", schema) as writer:
-                    is_weighted = pack.exposure == "weighted" and name == "reward"
+                    is_weighted = pack.exposure == "weighted" and name in LEARNT
                     for table in _tables(part, found[part, name], pack.row_tokens, is_weighted):
                         writer.write(table)
                         tokens += len(table["tokens"].combine_chunks().flatten()) if part == "rows" else 0
@@ -90,6 +93,7 @@ def _run(params: Params, layout: Layout, splits: dict[str, Path], tokenizer, wor
             "row_fill": tokens / (rows["rows", "sft"] * pack.row_tokens),
             "sft_tokens": tokens,
             "reward_groups": rows["groups", "reward"],
+            "judge_groups": rows["groups", "judge"],
             "eval_groups": rows["groups", "eval"],
             "rl_prompts": rows["prompts", "rl"],
             "eval_prompts": rows["prompts", "eval"],
@@ -106,7 +110,7 @@ def _refuse_empty(found: dict[tuple[str, str], Mapped], count: Counter[str], exp
             key = "pack.prompt_tokens" if part == "prompts" else "pack.document_tokens"
             where = part if part == "rows" else f"{part}/{name}"
             hint = f"is {key} too short?"
-            if (part, name, exposure) == ("groups", "reward", "later_wins"):
+            if part == "groups" and name in LEARNT and exposure == "later_wins":
                 hint += " Or does pack.exposure: later_wins leave no pair?"
             raise ValueError(f"pack: nothing is left for pack/{where}; {hint} {dict(count)}")
 

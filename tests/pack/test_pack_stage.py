@@ -109,8 +109,8 @@ def test_what_just_fits_is_neither_cut_nor_left_out(tmp_path):
 def test_groups(packed):
     layout, splits, params, metrics = packed
     tokenizer = load_tokenizer(layout.artifact("pack", "tokenizer"))
-    for split in ("reward", "eval"):
-        known = {q["id"]: q for q in splits[split]}
+    for split in ("reward", "judge", "eval"):
+        known = {q["id"]: q for q in splits["sft" if split == "judge" else split]}
         groups = table(layout, "groups", f"{split}.parquet")
         assert metrics[f"{split}_groups"] == len(groups)
         for group in groups:
