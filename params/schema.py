@@ -190,7 +190,7 @@ class SFTParams(Section):
 
 
 class RewardParams(Section):
-    """Reward model on grouped answers."""
+    """Reward model on grouped answers, and the judge beside it."""
 
     base: str = Field(
         "",
@@ -219,6 +219,7 @@ class RewardParams(Section):
     )
     learning_rate: Positive = Field(1.5e-3, description="peak")
     epochs: Positive = Field(2.25, description="passes over the questions")
+    judge_epochs: Positive = Field(2.0, description="passes of the judge over the questions of sft's split")
     max_steps: int | None = Field(None, ge=1, description="most optimizer steps; null: the epochs decide")
     batch_questions: int = Field(20, ge=1, description="questions per optimizer step, over all processes")
     weight_decay: float = Field(0.01, ge=0)

@@ -1,11 +1,17 @@
-"""The reward stage: groups on disk -> model on disk."""
+"""The reward stage: groups on disk -> two models on disk, the reward model and its independent judge.
+
+The judge is what arXiv 2210.10760 calls gold, as far as votes can give it: the same training on questions the
+reward model does not see. PPO never raises its score on purpose, so that score tells whether a rise is real.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyarrow import parquet
 from torch import Tensor
 
@@ -32,15 +38,26 @@ SCORES = "scores.json"
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """One of the two: ``Learner("judge", "judge", "judge", "judge", 2.0)``."""
+
+    out: str  # folder under artifacts/reward, and under scratch
+    groups: str  # file under pack/groups
+    run: str  # prefix of what is logged
+    purpose: str  # of its seed
+    epochs: float  # passes over its questions
+
+
 def read_groups(
-    layout: Layout, reward_model: RewardModel
+    layout: Layout, reward_model: RewardModel, name: str = "reward"
 ) -> tuple[list[GroupedAnswers], list[GroupedAnswers]]:
     """Training groups and validation groups; without validation groups the training groups serve for both.
 
     Pairs that are the same to a model with tokens of its own (all lower case; cut) are left out.
     """
     columns = ["site", "question_id", "prompt", "answers", "pairs", "weights", "is_validation"]
-    path = layout.artifact("pack", "groups", "reward.parquet")
+    path = layout.artifact("pack", "groups", f"{name}.parquet")
     found, pairs = {False: [], True: []}, 0
     for row in parquet.read_table(path, columns=columns).to_pylist():
         group = group_of(row, reward_model)
@@ -78,7 +95,7 @@ def adapter_of(model) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
 
 
 def run(params: Params, layout: Layout) -> StageResult:
-    """The stage.
+    """The stage; after a kill the judge goes on without the reward model being trained again.
 
     Raises:
         ValueError: no training group; no model or tokenizer; a merge that changes scores; a quantised base or
@@ -86,52 +103,13 @@ def run(params: Params, layout: Layout) -> StageResult:
     """
     reward, machine = params.reward, params.machine
     check_optimizer(reward.optimizer, "reward.optimizer")
-    quantized = quantized_keys(params.model.quantize)
     device = use_device(machine.device, machine.threads)
     if machine.onednn and device.type == "cpu":
         use_onednn_products()
-    seed = derive_seed(params.seed, "reward", "train")
-    seed_everything(seed)
-    source = layout.artifact("sft", "model")
-    policy_tokenizer = load_tokenizer(source)
-    named = {"revision": reward.revision, "key": "reward.base"} if reward.base else {}
-    reward_model = RewardModel.load(reward.base or source, policy_tokenizer, **named, **quantized)
-    train, held = read_groups(layout, reward_model)
-    if not train:
-        raise ValueError("reward: artifacts/pack/groups/reward.parquet holds no training question")
-    given = reward.model_dump(exclude={"batch_questions", "base", "revision", "lora_rank", "lora_alpha"})
-    arguments = training_arguments(
-        layout.scratch("reward"),
-        examples=len(train),
-        batch=reward.batch_questions,
-        batch_key="reward.batch_questions",
-        microbatch_tokens=machine.microbatch_tokens,
-        device=device.type,
-        seed=seed,
-        checkpoint_steps=machine.checkpoint_steps,
-        **given,
-    )
-    looks = {"eval_strategy": "steps", "eval_steps": max(1, arguments["max_steps"] // 10)}
-    config = RewardConfig(**arguments, **looks)
-    adapter = lora(reward.lora_rank, reward.lora_alpha) if reward.lora_rank else None
-    model, tokenizer = reward_model.model, reward_model.tokenizer
-    trainer = RewardTrainer(model, config, train, held, processing_class=tokenizer, peft_config=adapter)
-    follow(trainer, "reward")
-    trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
-    metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
-    whole = trainer.whole()
-    kept = adapter_of(whole) if adapter and whole is not None and not reward.base else None
-    if quantized:
-        whole = trainer.merged(RewardModel.load(reward.base or source, policy_tokenizer, **named).model)
-    elif adapter:
-        whole = trainer.merged()
-    with staged(layout.artifact("reward", "model")) as folder:
-        save_model(whole, tokenizer, folder)
-        if kept:
-            write_adapter(folder / "adapter", *kept, base="artifacts/sft/model")
-        scores = {"mean": metrics["score_mean"], "std": metrics["score_std"]}
-        (folder / SCORES).write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n")
-    curve = Curve.of_log(trainer.state.log_history, ("eval_loss", "eval_accuracy"), ("loss", "accuracy"))
+    own = Learner("model", "reward", "reward", "train", reward.epochs)
+    metrics, curve = learn(own, params, layout, device)
+    judge = Learner("judge", "judge", "judge", "judge", reward.judge_epochs)
+    judged, _ = learn(judge, params, layout, device)
     curve.write(layout.artifact("reward", "curve.csv"))
     log_artifact(
         plot(
@@ -141,4 +119,66 @@ def run(params: Params, layout: Layout) -> StageResult:
             "Reward accuracy on validation pairs",
         )
     )
-    return StageResult({"steps": config.max_steps, **metrics})
+    return StageResult({**metrics, **{f"judge_{k}": judged[k] for k in ("steps", "loss", "accuracy")}})
+
+
+def learn(
+    learner: Learner, params: Params, layout: Layout, device: torch.device
+) -> tuple[dict[str, float], Curve]:
+    """Train one, from its newest checkpoint where there is one, and put it into its place.
+
+    Raises:
+        ValueError: as :func:`run`.
+    """
+    reward, quantized = params.reward, quantized_keys(params.model.quantize)
+    seed = derive_seed(params.seed, "reward", learner.purpose)
+    seed_everything(seed)
+    source = layout.artifact("sft", "model")
+    policy_tokenizer = load_tokenizer(source)
+    named = {"revision": reward.revision, "key": "reward.base"} if reward.base else {}
+    reward_model = RewardModel.load(reward.base or source, policy_tokenizer, **named, **quantized)
+    train, held = read_groups(layout, reward_model, learner.groups)
+    if not train:
+        raise ValueError(f"reward: artifacts/pack/groups/{learner.groups}.parquet holds no training question")
+    config = settings(learner, params, layout, len(train), seed, device)
+    adapter = lora(reward.lora_rank, reward.lora_alpha) if reward.lora_rank else None
+    model, tokenizer = reward_model.model, reward_model.tokenizer
+    trainer = RewardTrainer(model, config, train, held, processing_class=tokenizer, peft_config=adapter)
+    follow(trainer, learner.run)
+    trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
+    metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
+    whole = trainer.whole()
+    kept = adapter_of(whole) if adapter and whole is not None and not reward.base else None
+    if quantized:
+        whole = trainer.merged(RewardModel.load(reward.base or source, policy_tokenizer, **named).model)
+    elif adapter:
+        whole = trainer.merged()
+    with staged(layout.artifact("reward", learner.out)) as folder:
+        save_model(whole, tokenizer, folder)
+        if kept:
+            write_adapter(folder / "adapter", *kept, base="artifacts/sft/model")
+        scores = {"mean": metrics["score_mean"], "std": metrics["score_std"]}
+        (folder / SCORES).write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n")
+    curve = Curve.of_log(trainer.state.log_history, ("eval_loss", "eval_accuracy"), ("loss", "accuracy"))
+    return {"steps": config.max_steps, **metrics}, curve
+
+
+def settings(
+    learner: Learner, params: Params, layout: Layout, examples: int, seed: int, device: torch.device
+) -> RewardConfig:
+    """Its RewardConfig for so many training questions."""
+    reward, machine = params.reward, params.machine
+    not_the_trainers = {"batch_questions", "base", "revision", "lora_rank", "lora_alpha", "judge_epochs"}
+    arguments = training_arguments(
+        layout.scratch("reward") / learner.out,
+        examples=examples,
+        batch=reward.batch_questions,
+        batch_key="reward.batch_questions",
+        microbatch_tokens=machine.microbatch_tokens,
+        device=device.type,
+        seed=seed,
+        checkpoint_steps=machine.checkpoint_steps,
+        **reward.model_dump(exclude=not_the_trainers) | {"epochs": learner.epochs},
+    )
+    looks = {"eval_strategy": "steps", "eval_steps": max(1, arguments["max_steps"] // 10)}
+    return RewardConfig(**arguments, **looks)

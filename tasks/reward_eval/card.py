@@ -99,6 +99,7 @@ def summary(card: dict) -> dict[str, float]:
         "length_correlation": card["length_correlation"]["spearman"],
         "brier": calibration["brier"],
         "ece": calibration["ece"],
+        "judge_accuracy": card["judge"]["accuracy"] if "judge" in card else None,
         "gate_passed": float(card["verdict"] == "passed"),
     }
     return {name: value for name, value in found.items() if value is not None}

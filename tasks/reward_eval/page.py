@@ -44,6 +44,11 @@ def _head(card: dict) -> Iterator[str]:
     yield ""
     yield f"{card['pairs']} pairs of {card['questions']} held-out questions; every pair counts once."
     yield "Intervals: 95 %, questions resampled, leads paired; a dash where there are too few questions."
+    if judge := card.get("judge"):
+        known = judge["of_mistakes"] is not None
+        of_mistakes = f", {judge['of_mistakes']:.3f} of those the reward model gets wrong" if known else ""
+        accuracy = f"{judge['accuracy']:.3f}"
+        yield f"The judge, of other questions, is right for {accuracy} of the pairs{of_mistakes}."
 
 
 def _rules(card: dict) -> Iterator[str]:

@@ -13,6 +13,7 @@ from tasks.lm.loading import load_tokenizer
 from tasks.lm.reward_model import RewardModel
 from tasks.reward_eval.calibration import draw_reliability
 from tasks.reward_eval.card import report, summary
+from tasks.reward_eval.judge import beside
 from tasks.reward_eval.page import PICTURE, render
 from tasks.reward_eval.pairs import lay_out, name_of
 from tasks.reward_eval.rules import fit_rule, training_differences
@@ -34,8 +35,8 @@ def held_out_groups(path: Path) -> list[dict]:
     return sorted(groups, key=name_of)
 
 
-def score_answers(model: RewardModel, groups: Sequence[dict], rows: int) -> np.ndarray:
-    """The reward model's scores of all answers of all groups, [A] float64; `rows` documents in one forward.
+def score_answers(model: RewardModel, groups: Sequence[dict], rows: int, name: str = "model") -> np.ndarray:
+    """A model's scores of all answers of all groups, [A] float64; `rows` documents in one forward.
 
     Raises:
         ValueError: a score that is not finite (names the question).
@@ -45,7 +46,7 @@ def score_answers(model: RewardModel, groups: Sequence[dict], rows: int) -> np.n
     scores = model.score([group["prompt"] for group in owners], responses, rows).double().numpy()
     for place in np.flatnonzero(~np.isfinite(scores))[:1]:
         raise ValueError(
-            "reward_eval: artifacts/reward/model gives a score that is not finite to an answer to "
+            f"reward_eval: artifacts/reward/{name} gives a score that is not finite to an answer to "
             f"{name_of(owners[place])}"
         )
     return scores
@@ -65,6 +66,8 @@ def run(params: Params, layout: Layout) -> StageResult:
     held = lay_out(groups, score_answers(model, groups, params.machine.microbatch_rows))
     seed = derive_seed(params.seed, "reward_eval", "bootstrap")
     card = report(held, groups, rule, params.reward_eval, seed)
+    judge = RewardModel.load(layout.artifact("reward", "judge"), tokenizer, device)
+    card["judge"] = beside(held, score_answers(judge, groups, params.machine.microbatch_rows, "judge"))
     write_json(layout.artifact("reward_eval", "card.json"), card)
     with staged(layout.artifact("reward_eval", "card.md")) as path:
         path.write_text(render(card), encoding="utf-8")

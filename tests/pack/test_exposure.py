@@ -124,7 +124,7 @@ def test_batches_change_nothing():
 
 def dated(splits: dict) -> dict:
     """Answers an hour apart; every other question's in the reverse order."""
-    for question in splits["reward"]:
+    for question in (*splits["reward"], *splits["sft"]):
         for n, answer in enumerate(question["answers"]):
             hour = n if question["id"] % 2 else 9 - n
             answer["created"] = f"2020-01-02T{hour:02d}:00:00.000"
@@ -174,7 +174,7 @@ def test_the_stage_weighs(packed):
 @pytest.mark.parametrize("exposure", ["later_wins", "weighted"])
 def test_what_is_held_out_keeps_every_pair(packed, exposure):
     before, after = (tiny.digests(packed[name].artifact("pack")) for name in ("any", exposure))
-    assert {name for name in before if before[name] != after[name]} == {"groups/reward.parquet"}
+    assert {name for name in before if before[name] != after[name]} == {"groups/reward.parquet", "groups/judge.parquet"}
     assert all(w == 1 for g in rows(packed[exposure], "eval") for w in g["weights"])
 
 

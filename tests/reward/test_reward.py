@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from made_rewards import groups, padded_loss, padded_scores, trainer
 from peft import LoraConfig
 from pyarrow import parquet
 from trainings import FirstGradients, KillAt, Killed
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from tasks import pack, ppo, reward_eval
 from tasks.lm import AutoModelForCausalLMWithValueHead
@@ -155,7 +156,8 @@ def test_the_stage(packed, tmp_path):
     assert found[0] == found[1]
     first, second = (tiny.digests(layout.artifact("reward")) for layout in layouts)
     assert first == second and {"curve.csv", "model/model.safetensors", "model/scores.json"} <= set(first)
-    assert set(found[0]) == {"steps", "epoch", "loss", "accuracy", "score_mean", "score_std"}
+    judged = {"judge_steps", "judge_loss", "judge_accuracy"}
+    assert set(found[0]) == {"steps", "epoch", "loss", "accuracy", "score_mean", "score_std", *judged}
     folder = layouts[0].artifact("reward", "model")
     config = json.loads((folder / "config.json").read_text())
     assert config["pad_token_id"] == 0 != config["eos_token_id"] and "forest" not in json.dumps(config)
@@ -171,6 +173,68 @@ def test_the_stage(packed, tmp_path):
     assert lines[0] == "step,loss,accuracy" and len(lines) > 5
     assert found[0]["steps"] == math.ceil(len(train) / 8 * 4)
     assert (tmp_path / "a/reports/reward/accuracy.png").is_file()
+
+
+class Steps(TrainerCallback):
+    """Which of the two trains which steps."""
+
+    def __init__(self, name, found):
+        self.name, self.found = name, found
+
+    def on_step_end(self, args, state, control, **_):
+        self.found.append((self.name, state.global_step))
+
+
+@pytest.mark.parametrize(("killed", "step", "left"), [("judge", 5, (0, 4)), ("reward", 3, (6, 8))])
+def test_a_kill_in_either_training_goes_on_there(packed, tmp_path, monkeypatch, killed, step, left):
+    """And the one that was done is not trained again, though DVC has removed its folder."""
+    params = tiny.params(reward={"judge_epochs": 1}, machine={"checkpoint_steps": 2})
+    whole, broken = (copied(packed, tmp_path / name) for name in "ab")
+    wanted, steps = run(params, whole).metrics, []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            reward_stage, "follow", lambda t, name: t.add_callback(KillAt(step)) if name == killed else None
+        )
+        with pytest.raises(Killed):
+            run(params, broken)
+    shutil.rmtree(broken.artifact("reward"), ignore_errors=True)
+    monkeypatch.setattr(reward_stage, "follow", lambda t, name: t.add_callback(Steps(name, steps)))
+    assert run(params, broken).metrics == wanted
+    assert tiny.digests(broken.artifact("reward")) == tiny.digests(whole.artifact("reward"))
+    trained = {name: [n for who, n in steps if who == name] for name in ("reward", "judge")}
+    assert tuple(map(len, trained.values())) == left, trained
+    assert trained[killed][0] == step - step % 2 + 1
+
+
+def test_the_judge_is_another_model_of_other_questions(packed, tmp_path):
+    """Trained alike, but it shares no question with the reward model, nor the start of its head."""
+    layout = copied(packed, tmp_path / "run")
+    metrics = run(tiny.params(reward={"judge_epochs": 2}), layout).metrics
+    own, other = (read_groups(layout, tiny.reward_model(None), name) for name in ("reward", "judge"))
+    names = [{group.name for some in each for group in some} for each in (own, other)]
+    assert names[0] and names[1] and not names[0] & names[1]
+    assert metrics["judge_steps"] == math.ceil(len(other[0]) / 8 * 2) != metrics["steps"]
+    plain, judge = (
+        AutoModelForSequenceClassification.from_pretrained(layout.artifact("reward", name))
+        for name in ("model", "judge")
+    )
+    with torch.no_grad():
+        assert metrics["judge_loss"] == pytest.approx(padded_loss(judge, other[1]).item(), rel=1e-4)
+        scores = torch.cat(padded_scores(judge, other[1]))
+    saved = json.loads(layout.artifact("reward", "judge", "scores.json").read_text())
+    assert saved["mean"] == pytest.approx(scores.mean().item(), rel=1e-4)
+    heads = plain.score.weight.flatten(), judge.score.weight.flatten()
+    assert abs(torch.cosine_similarity(*heads, 0)) < 0.9, "one start would leave them side by side"
+
+
+def test_no_training_question_of_the_judge_names_its_file(packed, tmp_path):
+    layout = tiny.project(tmp_path)
+    shutil.copytree(packed.artifact("pack"), layout.artifact("pack"))
+    layout.artifact("sft").symlink_to(packed.artifact("sft"))
+    path = layout.artifact("pack", "groups", "judge.parquet")
+    parquet.write_table(parquet.read_table(path).slice(0, 0), path)
+    with pytest.raises(ValueError, match=r"pack/groups/judge\.parquet holds no training question"):
+        run(tiny.params(), layout)
 
 
 def test_microbatch_tokens_do_not_change_the_batch(packed, tmp_path):

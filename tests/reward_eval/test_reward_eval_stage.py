@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from cases import one_pair_each
 from pyarrow import parquet
 
 from tasks import pack
 from tasks.lm.loading import load_tokenizer
 from tasks.pack.records import GROUPS
 from tasks.reward_eval import run, stage
+from tasks.reward_eval.judge import beside
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +29,12 @@ def packed(tmp_path_factory):
 
 
 def save(model, layout):
-    """A reward model with pack's tokenizer."""
+    """A reward model with pack's tokenizer; another one is its judge."""
     known = load_tokenizer(layout.artifact("pack", "tokenizer"))
     tiny.save(model, layout.artifact("reward", "model"), known)
+    tiny.save(
+        tiny.scorer(seed=1, vocab_size=len(tiny.tokenizer())), layout.artifact("reward", "judge"), known
+    )
 
 
 def copied(packed, folder, model=None):
@@ -39,7 +44,8 @@ def copied(packed, folder, model=None):
         shutil.copytree(packed.artifact("pack", part), layout.artifact("pack", part))
     if model is None:
         layout.artifact("reward").mkdir()
-        layout.artifact("reward", "model").symlink_to(packed.artifact("reward", "model"))
+        for name in ("model", "judge"):
+            layout.artifact("reward", name).symlink_to(packed.artifact("reward", name))
     else:
         save(model, layout)
     return layout
@@ -57,11 +63,11 @@ def outs(layout):
     return json.loads((folder / "card.json").read_text()), json.loads((folder / "gate.json").read_text())
 
 
-def own_accuracy(layout) -> float:
+def own_accuracy(layout, name="model") -> float:
     """From the files alone, with plain transformers."""
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(layout.artifact("reward", "model"))
+    model = AutoModelForSequenceClassification.from_pretrained(layout.artifact("reward", name))
     right = []
     for group in parquet.read_table(layout.artifact("pack", "groups", "eval.parquet")).to_pylist():
         with torch.no_grad():
@@ -186,3 +192,33 @@ def test_a_broken_model_is_an_error(packed, tmp_path):
     torch.nn.init.constant_(model.score.weight, torch.nan)
     with pytest.raises(ValueError, match="a score that is not finite to an answer to"):
         run(tiny.params(), copied(packed, tmp_path, model))
+
+
+def test_the_judge_stands_beside_and_decides_nothing(packed, tmp_path):
+    """Its accuracy by definition; a judge that is the reward model mends none of its mistakes."""
+    for name in ("other", "same"):
+        (tmp_path / name).mkdir()
+    other = copied(packed, tmp_path / "other")
+    metrics, (card, gate) = run(tiny.params(), other).metrics, outs(other)
+    assert (
+        metrics["judge_accuracy"] == card["judge"]["accuracy"] == pytest.approx(own_accuracy(other, "judge"))
+    )
+    assert 0 < card["judge"]["of_mistakes"] < 1
+    page = other.artifact("reward_eval", "card.md").read_text()
+    assert f"is right for {metrics['judge_accuracy']:.3f} of the pairs, 0." in page
+    same = copied(packed, tmp_path / "same")
+    same.artifact("reward", "judge").unlink()
+    same.artifact("reward", "judge").symlink_to(packed.artifact("reward", "model"))
+    again = run(tiny.params(), same).metrics
+    assert again.pop("judge_accuracy") == again["accuracy"] and outs(same)[0]["judge"]["of_mistakes"] == 0.0
+    del metrics["judge_accuracy"]
+    assert again == metrics and outs(same)[1] == gate
+
+
+def test_a_judge_by_hand():
+    """Margins 1, −1, 0 of the reward model; the judge is right for the first and the last."""
+    held, _ = one_pair_each(1.0, -1.0, 0.0)
+    judged = np.array([2.0, 0.0, -1.0, 0.0, 3.0, 0.0])
+    assert beside(held, judged) == {"accuracy": pytest.approx(2 / 3), "of_mistakes": 0.5}
+    held, _ = one_pair_each(1.0, 2.0)
+    assert beside(held, np.zeros(4)) == {"accuracy": 0.0, "of_mistakes": None}
