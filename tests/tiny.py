@@ -210,7 +210,7 @@ def params(**sections) -> Params:
         "ppo": {
             "updates": 4, "batch_size": 8, "mini_batch_size": 4, "response_tokens": 6, "eval_updates": 2,
             "learning_rate": 1e-3, "init_kl_coef": 0.05, "ppo_epochs": 1, "target": 0.5, "lam": 1.0,
-            "max_grad_norm": 1.0, "missing_eos_penalty": 1.0,
+            "max_grad_norm": 1.0, "missing_eos_penalty": 1.0, "monitor": {"responses": 16},
         },
         "policy_eval": {"prompts": 12, "samples_per_prompt": 2, "bootstrap_samples": 100},
     }  # fmt: skip

@@ -6,6 +6,7 @@ nowhere else, is decided what it reads: the same token ids where the vocabularie
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,26 @@ from torch import Tensor
 from tasks.lm.loading import fit_embeddings, load_reward, load_tokenizer
 from tasks.lm.prompt import encode_texts, without_eos
 from tasks.lm.scoring import is_encoder, room_of, score_documents
+
+LEAST_STD = 1e-6  # scores are divided by no less
+
+
+def scale_of(model: Any, key: str) -> tuple[float, float]:
+    """Mean and standard deviation of a reward model's scores on its validation part, from its scores.json.
+
+    Args:
+        model: its folder.
+        key: of messages.
+
+    Raises:
+        ValueError: it is no folder, or holds no such file.
+    """
+    path = Path(model) / "scores.json" if isinstance(model, str | Path) else None
+    if path is None or not path.is_file():
+        name = str(path.parent) if path else type(model).__name__
+        raise ValueError(f"{key}: no scores.json beside {name!r}; it holds mean and std of the scores")
+    scale = json.loads(path.read_text())
+    return scale["mean"], max(scale["std"], LEAST_STD)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from params.schema import PPOConfig
 from tasks.lm.generation import Responses, row_seeds
 from tasks.lm.switching import learnt, load_learnt
-from tasks.ppo.batch import check_batch, check_tokens
+from tasks.ppo.batch import check_tokens
+from tasks.ppo.looks import HELD_OUT, JUDGE, Looks
 from tasks.ppo.preflight import preflight
 from tasks.ppo.reward_functions import RewardFunction, scores_of, texts_of
 from tasks.run import checkpoint
@@ -36,8 +35,6 @@ COLUMNS = {  # curve.csv -> statistic
     "response_tokens": "tokens/responses_len_mean",
     "eos_rate": "eos_rate",
 }
-HELD_OUT = ("held_out_score", "held_out_kl_nats")
-_log = logging.getLogger(__name__)
 
 
 def train(
@@ -46,6 +43,7 @@ def train(
     reward_fn: RewardFunction,
     *,
     held_out: Sequence | None = None,
+    judge: RewardFunction | None = None,
     folder: Path | str | None = None,
     checkpoint_updates: int = 10,
     decode_rows: int = 512,
@@ -60,6 +58,9 @@ def train(
             and it does not ask for token ids by an attribute `reads_tokens`, else token ids. -> B numbers, or
             B rows of a reward per token (:mod:`tasks.ppo.reward_functions` makes some).
         held_out: prompts of the looks every `eval_updates`; None: the first 64 of `prompts`.
+        judge: a second opinion on what is sampled there, in the units of `reward_fn` and asked as it is: a
+            reward model trained on other questions, say. It teaches nothing; the monitor
+            (`config.monitor`) warns when it does not follow.
         folder: for checkpoints; a run that finds one there goes on from it, bit for bit.
         checkpoint_updates: updates between two of them.
         decode_rows: most rows sampled side by side.
@@ -77,13 +78,13 @@ def train(
     if not len(prompts):
         raise ValueError("prompts is empty; PPO needs at least one")
     is_text = isinstance(prompts[0], str)
-    if is_text and not getattr(reward_fn, "reads_tokens", False):
-        reward_fn = _of_texts(trainer.tokenizer, reward_fn)
+    if is_text:
+        reward_fn, judge = (_of_tokens(trainer.tokenizer, each) for each in (reward_fn, judge))
     rows = [
         _tokens(trainer, name, given, is_text)
         for name, given in (("prompts", prompts), ("held_out", held_out))
     ]
-    loop = Loop(trainer, reward_fn, rows[0], rows[1] or rows[0][:64], decode_rows)
+    loop = Loop(trainer, reward_fn, rows[0], rows[1] or rows[0][:64], decode_rows, judge)
     loop.run(Path(folder) if folder else None, checkpoint_updates, on_update)
     loop.select()
     return loop.curve
@@ -97,7 +98,10 @@ def _tokens(trainer: PPOTrainer, name: str, given: Sequence | None, is_text: boo
     return check_tokens(name, ids, trainer.vocabulary(), room=most)
 
 
-def _of_texts(tokenizer, reward_fn: RewardFunction) -> RewardFunction:
+def _of_tokens(tokenizer, reward_fn: RewardFunction | None) -> RewardFunction | None:
+    if reward_fn is None or getattr(reward_fn, "reads_tokens", False):
+        return reward_fn
+
     @wraps(reward_fn)
     def scored(prompts: list[list[int]], responses: list[list[int]]):
         return reward_fn(*texts_of(tokenizer, prompts, responses))
@@ -128,6 +132,7 @@ class Loop:
         train: prompts of the rollouts.
         held: prompts of the looks.
         decode_rows: most rows sampled side by side.
+        judge: of token ids, for the looks.
     """
 
     def __init__(
@@ -137,14 +142,14 @@ class Loop:
         train: list[list[int]],
         held: list[list[int]],
         decode_rows: int = 512,
+        judge: RewardFunction | None = None,
     ) -> None:
         self.trainer, self.reward_fn, self.train, self.held = trainer, reward_fn, train, held
         self.config: PPOConfig = trainer.config
         self.decode_rows = decode_rows
-        self.curve = Curve([*COLUMNS, *HELD_OUT])
-        self.best: dict | None = (
-            None  # update, score and weights of the best held-out score within the budget
-        )
+        self.looks = Looks(trainer, reward_fn, judge, held, decode_rows)
+        self.curve = Curve([*COLUMNS, *HELD_OUT, *([JUDGE] if judge else [])])
+        self.best: dict | None = None  # update, score, weights of the best held-out score within the budget
 
     def run(
         self,
@@ -178,6 +183,7 @@ class Loop:
     def update(self) -> dict[str, Any]:
         """Sample, score, step; returns the statistics, with `tokens` that were worked on."""
         trainer, config, number = self.trainer, self.config, self.trainer.updates
+        self.looks.begin()
         each = config.samples_per_prompt
         chosen = prompts_of_update(
             number, len(self.train), config.batch_size // each, self._seed(f"prompts/{trainer.returns}")
@@ -208,21 +214,16 @@ class Loop:
         return self.trainer.mean(ended)
 
     def _look_at_held_out(self, number: int) -> dict[str, float]:
-        """Score and KL on the held-out prompts, always with the same random numbers."""
-        trainer = self.trainer
-        responses = self._sample(self.held, row_seeds(self._seed("held_out"), len(self.held))).lists()
-        scores = scores_of(self.reward_fn, self.held, responses)
-        batch = check_batch(
-            self.held, responses, scores, None, len(self.held), trainer.vocabulary(), trainer.room()
-        )
-        score = _means(trainer.shape(batch, learn=False))
-        kl = trainer.observe(self.held, responses).kl_nats().mean().item()
-        found = dict(zip(HELD_OUT, (score, kl), strict=True))
-        self.curve.add(number, **found)
+        """Its columns of the curve, and what the monitor measures, for the tracker."""
+        score, measures = self.looks.take(number)
+        kl = measures["kl_nats"]
+        self.curve.add(number, held_out_score=score, **{f"held_out_{k}": v for k, v in measures.items()})
         if kl <= self.config.kl_budget_nats and (self.best is None or score > self.best["score"]):
-            weights = {k: v.detach().clone() for k, v in learnt(trainer.model).items()}
+            weights = {k: v.detach().clone() for k, v in learnt(self.trainer.model).items()}
             self.best = {"update": number, "score": score, "weights": weights}
-        return found
+        found = {f"monitor/{name}": value for name, value in measures.items()}
+        count = float(len(self.looks.findings[number]))
+        return found | {"held_out_score": score, "held_out_kl_nats": kl, "monitor/findings": count}
 
     def _save(self, folder: Path) -> None:
         if self.trainer.accelerator.is_main_process:
@@ -232,13 +233,15 @@ class Loop:
     def state_dict(self) -> dict:
         """Trainer, curve and best weights."""
         best = self.best if self.config.select == "best" else None
-        return {"trainer": self.trainer.state_dict(), "curve": self.curve.rows, "best": best}
+        looks = self.looks.state_dict()
+        return {"trainer": self.trainer.state_dict(), "curve": self.curve.rows, "best": best, "looks": looks}
 
     def load_state_dict(self, state: dict) -> None:
         """The inverse of :meth:`state_dict`."""
         self.trainer.load_state_dict(state["trainer"])
         self.curve = Curve(self.curve.columns, state["curve"])
         self.best = state["best"]
+        self.looks.load_state_dict(state["looks"])
 
     def select(self) -> int:
         """Put the chosen weights into the model; returns the update they are from."""
@@ -246,8 +249,3 @@ class Loop:
             load_learnt(self.trainer.model, self.best["weights"])
             return self.best["update"]
         return self.trainer.updates
-
-
-def _means(scores: Tensor | list[Tensor]) -> float:
-    each = torch.stack([s.sum() for s in scores]) if isinstance(scores, list) else scores
-    return each.mean().item()

@@ -6,7 +6,6 @@ numbers, or B rows of a reward for each token of the response. Any Python functi
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +15,12 @@ import torch
 from torch import Tensor
 
 from tasks.lm.prompt import encode_texts, without_eos
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.reward_model import RewardModel, scale_of
 from tasks.lm.scoring import check_scorer, room_of
 from tasks.ppo.batch import read_scores
 from tasks.ppo.human_scores import read_human_scores
 
 RewardFunction = Callable[[Sequence, Sequence], Tensor | Sequence]
-LEAST_STD = 1e-6  # scores are divided by no less
 QUOTED = 60  # characters of a text in a message
 
 
@@ -87,7 +85,7 @@ def from_model(
     Raises:
         ValueError: no such model, more labels than one, or `normalize` without a scores.json.
     """
-    scale = _scale_of(model) if normalize else (0.0, 1.0)
+    scale = scale_of(model, "normalize") if normalize else (0.0, 1.0)
     if isinstance(model, str | Path):
         model = RewardModel.load(model, tokenizer, device, key="model")
     elif not isinstance(model, RewardModel):
@@ -112,7 +110,7 @@ def from_adapter(
     """
     if not getattr(model, "supports_rm_adapter", False):
         raise ValueError("model has no reward adapter; load it with reward_adapter, or use from_model")
-    scale = (0.0, 1.0) if scores is None else _scale_of(scores)
+    scale = (0.0, 1.0) if scores is None else scale_of(scores, "normalize")
     whole = lambda *both: [p + r for p, r in zip(*both, strict=True)]  # noqa: E731
     return _of_tokens(lambda *both: model.score_documents(whole(*both), rows), tokenizer, *scale)
 
@@ -228,16 +226,6 @@ def _as_texts(name: str, tokenizer, prompts: Sequence, responses: Sequence) -> t
     if tokenizer is None:
         raise ValueError(f"{name} reads texts, but token ids came: give it the policy's tokenizer")
     return texts_of(tokenizer, prompts, responses)
-
-
-def _scale_of(model) -> tuple[float, float]:
-    path = Path(model) / "scores.json" if isinstance(model, str | Path) else None
-    if path is None or not path.is_file():
-        raise ValueError(
-            f"normalize: no scores.json beside {_quote(model)}; it holds mean and std of the scores"
-        )
-    scale = json.loads(path.read_text())
-    return scale["mean"], max(scale["std"], LEAST_STD)
 
 
 def _name(function: Callable) -> str:

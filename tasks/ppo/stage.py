@@ -13,15 +13,19 @@ from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.generation import row_seeds
 from tasks.lm.loading import load_causal, load_tokenizer
 from tasks.lm.quantized import is_quantized, quantized_keys
-from tasks.ppo.loop import HELD_OUT, Loop
+from tasks.ppo.looks import HELD_OUT, JUDGE
+from tasks.ppo.loop import Loop
 from tasks.ppo.reward_functions import RewardFunction, from_adapter, from_model
 from tasks.ppo.trainer import PPOTrainer
 from tasks.run.curve import plot
 from tasks.run.devices import derive_seed, seed_everything, use_device
 from tasks.run.files import staged
 from tasks.run.layout import Layout, Refusal, StageResult
+from tasks.run.monitor.picture import draw
 from tasks.run.progress import Progress
-from tasks.run.tracking import log_artifact, log_metrics
+from tasks.run.tracking import log_artifact, log_metrics, log_tag
+
+MONITOR_TAG = "stackrl.monitor"  # of the stage's MLflow run: the findings in words
 
 PROBES = 8  # prompts on whose responses a merge is checked
 
@@ -57,13 +61,17 @@ def prepare(params: Params, layout: Layout) -> tuple[Loop, object]:
         microbatch_rows=machine.microbatch_rows, trunk_megabytes=machine.trunk_megabytes,
     )  # fmt: skip
     reward_fn = reward_of(params, layout, policy, tokenizer, device)
+    judge = from_model(
+        layout.artifact("reward", "judge"), tokenizer,
+        normalize=config.normalize_scores, rows=machine.microbatch_rows, device=device,
+    )  # fmt: skip
     rows = parquet.read_table(
         layout.artifact("pack", "prompts", "rl.parquet"), columns=["prompt", "is_validation"]
     ).to_pylist()
     train, held = ([r["prompt"] for r in rows if r["is_validation"] is flag] for flag in (False, True))
     if not train:
         raise ValueError("ppo: artifacts/pack/prompts/rl.parquet holds no training prompt")
-    return Loop(trainer, reward_fn, train, held or train[:64], machine.decode_rows), tokenizer
+    return Loop(trainer, reward_fn, train, held or train[:64], machine.decode_rows, judge), tokenizer
 
 
 def reward_of(params: Params, layout: Layout, policy, tokenizer, device) -> RewardFunction:
@@ -118,10 +126,13 @@ def run(params: Params, layout: Layout) -> StageResult:
     loop.curve.write(layout.artifact("ppo", "curve.csv"))
     pictures = ["score", "kl_nats", "entropy_nats", "value_loss"]
     log_artifact(plot(layout.home / "reports/ppo/curve.png", loop.curve, pictures, "PPO"))
+    log_artifact(draw(layout.home / "reports/ppo/monitor.png", loop.looks.means(loop.curve)))
+    found = loop.looks.findings.get(chosen, {})
+    log_tag(MONITOR_TAG, "; ".join(found.values()) or "nothing found")
     rows = loop.curve.rows
-    last = {
-        k: v for k, v in rows[-1].items() if k in ("score", "kl_nats", "kl_coef", "entropy_nats", *HELD_OUT)
-    }
-    return StageResult(
-        {"updates": trainer.updates, "selected_update": chosen, "first_score": rows[0]["score"], **last}
-    )
+    of_last = ("score", "kl_nats", "kl_coef", "entropy_nats", *HELD_OUT, JUDGE)
+    last = {k: v for k, v in rows[-1].items() if k in of_last}
+    start = loop.looks.start.means()
+    first = {"first_score": rows[0]["score"], "monitor_findings": len(found)}
+    first |= {f"first_{name}": start[name.removeprefix("held_out_")] for name in ("held_out_proxy", JUDGE)}
+    return StageResult({"updates": trainer.updates, "selected_update": chosen, **first, **last})

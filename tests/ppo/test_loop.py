@@ -10,10 +10,12 @@ import torch
 from made_trainers import batch, is_still, trainer, weights
 
 from tasks.ppo.guard import SpikeGuard
-from tasks.ppo.loop import COLUMNS, HELD_OUT, Loop, prompts_of_update
+from tasks.ppo.looks import HELD_OUT
+from tasks.ppo.loop import COLUMNS, Loop, prompts_of_update
 from tasks.run import checkpoint
 
-KEYS = {"updates": 4, "eval_updates": 2, "learning_rate": 3e-3, "ppo_epochs": 1}
+FEW = {"responses": 6}  # of a look
+KEYS = {"updates": 4, "eval_updates": 2, "learning_rate": 3e-3, "ppo_epochs": 1, "monitor": FEW}
 
 
 @pytest.mark.parametrize(("prompts", "batch"), [(10, 4), (7, 7), (3, 8), (5, 1)])
@@ -64,13 +66,13 @@ def test_a_run_of_texts_gives_texts_to_the_reward():
     prompts, responses = seen[-2]
     assert set(prompts) <= {"What is 1?", "Why?"} and len(prompts) == len(responses) == 8
     assert all(isinstance(r, str) and "<|eos|>" not in r for r in responses)
-    assert seen[-1][0] == ["Who?"]
+    assert seen[-1][0] == ["Who?"] * 6
 
 
 def test_several_samples_of_a_prompt():
     own, seen = made(samples_per_prompt=4, updates=1, preflight=False), []
     own.train([[5, 6], [7, 8], [9, 4]], lambda p, r: seen.append(p) or likes_short(p, r))
-    prompts = seen[0]
+    prompts = seen[1]  # seen[0]: the look before
     assert (
         len(prompts) == 8
         and prompts[:4] == [prompts[0]] * 4
@@ -98,7 +100,7 @@ def test_a_reward_that_is_wrong_is_named_before_anything_moves():
     start = weights(own)
     for scores, message in (
         ([1.0] * 7, "scores holds 7 rows"),
-        ([math.nan] * 8, r"scores\[0\] is not finite"),
+        ([math.nan] * 6, r"scores\[0\] is not finite"),
     ):
         with pytest.raises(ValueError, match=message):
             own.train([[5, 6]], lambda *_, scores=scores: scores)

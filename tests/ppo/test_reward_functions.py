@@ -294,7 +294,7 @@ def test_a_mix_reads_tokens_where_all_its_parts_do():
 
 def test_the_loop_hands_tokens_to_what_reads_them_and_texts_to_all_else():
     known, seen = tiny.tokenizer(), []
-    policy, ask = {"vocab_size": len(known)}, {"updates": 1, "preflight": False}
+    policy, ask = {"vocab_size": len(known)}, {"updates": 1, "preflight": False, "monitor": {"responses": 4}}
 
     def varied(prompts, responses):
         seen.append((prompts, responses))
@@ -302,11 +302,11 @@ def test_the_loop_hands_tokens_to_what_reads_them_and_texts_to_all_else():
 
     trainer = made_trainers.trainer(model_keys=policy, given={"tokenizer": known}, **ask)
     trainer.train(["What is 1?", "Why?"], varied)
-    texts = seen[0]
+    texts = seen[1]  # a look, the rollout, a look
     varied.reads_tokens = True
     trainer = made_trainers.trainer(model_keys=policy, given={"tokenizer": known}, **ask)
     trainer.train(["What is 1?", "Why?"], varied)
-    tokens = seen[2]
+    tokens = seen[4]
     assert {type(x) for row in tokens[1] for x in row} == {int} and texts == texts_of(known, *tokens)
     varied.reads_tokens = False
     for wrong in ([5], [6]):  # in a rollout, in a look at what is held out
