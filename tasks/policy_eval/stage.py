@@ -1,4 +1,4 @@
-"""The policy_eval stage: three models and held-out prompts on disk -> card.json and samples.md."""
+"""The policy_eval stage: four models and held-out prompts on disk -> card.json and samples.md."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from tasks.policy_eval.card import (
     render_table,
     win_rate,
 )
+from tasks.policy_eval.monitor import monitored, render_monitor
 from tasks.run.devices import derive_seed, use_device
 from tasks.run.files import staged, write_json
 from tasks.run.layout import Layout, StageResult
 from tasks.run.progress import Progress
-from tasks.run.tracking import log_artifact
+from tasks.run.tracking import log_artifact, log_tag
 
 SHOWN = 24  # samples in the table
 
@@ -109,7 +110,7 @@ def run(params: Params, layout: Layout) -> StageResult:
     device = use_device(params.machine.device, params.machine.threads)
     tokenizer = load_tokenizer(layout.artifact("sft", "model"))
     sft, ppo = (load_causal(layout.artifact(s, "model")).to(device).eval() for s in ("sft", "ppo"))
-    judge = RewardModel.load(layout.artifact("reward", "model"), tokenizer, device)
+    reward_model = RewardModel.load(layout.artifact("reward", "model"), tokenizer, device)
     rows = held_out_prompts(layout, params.policy_eval.prompts)
     if not rows:
         raise ValueError("policy_eval: artifacts/pack/prompts/eval.parquet holds no prompt")
@@ -129,7 +130,7 @@ def run(params: Params, layout: Layout) -> StageResult:
     ):
         both = []
         for model in (sft, ppo):
-            both.append(answer(model, judge, tokenizer, rows, params, samples, draw))
+            both.append(answer(model, reward_model, tokenizer, rows, params, samples, draw))
             progress.update(progress.done + 1, len(rows) * samples)
         answers[way] = both
         scores = [a.scores for a in both]
@@ -150,6 +151,8 @@ def run(params: Params, layout: Layout) -> StageResult:
         params.machine.microbatch_rows,
     )
     card["kl_nats"] = float(kl.mean())
+    card["monitor"] = monitored(params, layout, (sft, ppo), tokenizer, rows, answers["sampled"], kl)
+    log_tag("stackrl.monitor", "; ".join(card["monitor"]["findings"].values()) or "nothing found")
     write_json(layout.artifact("policy_eval", "card.json"), card)
     with staged(layout.artifact("policy_eval", "samples.md")) as path:
         path.write_text(render(card, side_by_side(rows, *answers["sampled"])), encoding="utf-8")
@@ -183,7 +186,9 @@ def render(card: dict, samples: list[dict]) -> str:
             f"| {k.replace('_', ' ')} | {v:.3f} | {found['ppo'][k]:.3f} |" for k, v in found["sft"].items()
         ]
         lines += ["", render_correctness(way, found["correct"]), ""] if found["correct"] else [""]
-    return "\n".join([*lines, "## samples", "", render_table(samples), ""])
+    return "\n".join(
+        [*lines, render_monitor(card["monitor"]), "", "## samples", "", render_table(samples), ""]
+    )
 
 
 def summary(card: dict) -> dict[str, float]:
@@ -211,4 +216,7 @@ def summary(card: dict) -> dict[str, float]:
             f"{model}_{k}": sampled[model][k]
             for k in ("response_tokens", "eos_rate", "distinct_2", "repetition_3")
         }
+    for name, each in card["monitor"]["gains"].items():
+        found[f"monitor_{name}_gain"] = each["gain"]
+    found["monitor_findings"] = len(card["monitor"]["findings"])
     return found

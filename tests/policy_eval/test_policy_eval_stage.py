@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,9 +13,14 @@ from pyarrow import parquet
 
 from tasks import pack
 from tasks.lm.loading import load_causal
-from tasks.policy_eval import run
+from tasks.lm.reward_model import RewardModel
+from tasks.policy_eval import monitor, run
+from tasks.policy_eval import stage as policy_eval_stage
 from tasks.policy_eval.card import Answers
 from tasks.policy_eval.stage import answer, held_out_prompts, kl_to_sft
+from tasks.run.devices import derive_seed
+
+SCALES = {"model": {"mean": 0.5, "std": 2.0}, "judge": {"mean": -1.0, "std": 4.0}}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +35,9 @@ def upstream(tmp_path_factory):
         ("reward", tiny.scorer(seed=1, vocab_size=size)),
     ):
         tiny.save(model, layout.artifact(stage, "model"))
+    tiny.save(tiny.scorer(seed=2, vocab_size=size), layout.artifact("reward", "judge"))
+    for name, scores in SCALES.items():
+        layout.artifact("reward", name, "scores.json").write_text(json.dumps(scores))
     return layout
 
 
@@ -75,6 +84,75 @@ def test_identical_models_are_even(upstream, tmp_path):
     assert metrics["kl_nats"] == pytest.approx(0, abs=1e-6)
     for way in ("greedy", "sampled"):
         assert card[way]["sft"] == card[way]["ppo"] and card[way]["score"]["interval"] == [0, 0]
+
+
+def test_the_monitor_sees_what_the_card_says(upstream, tmp_path):
+    """Scores in standard deviations, the judge's own; KL and samples of the card; SFT's KL to itself is 0."""
+    layout = project(upstream, tmp_path)
+    metrics, card = run(tiny.params(), layout).metrics, card_of(layout)
+    found = card["monitor"]
+    sft, ppo = (found["measures"][name] for name in ("sft", "ppo"))
+    for name, said in (("sft", sft), ("ppo", ppo)):
+        own = card["sampled"][name]
+        assert said["proxy"] == pytest.approx((own["score"] - 0.5) / 2)
+        assert said["tokens"] == pytest.approx(own["response_tokens"])
+        for key in ("eos_rate", "distinct_2", "repetition_3"):
+            assert said[key] == pytest.approx(own[key])
+    assert sft["kl_nats"] == 0 and ppo["kl_nats"] == pytest.approx(card["kl_nats"])
+    assert metrics["monitor_judge_gain"] == pytest.approx(ppo["judge"] - sft["judge"])
+    assert metrics["monitor_proxy_gain"] == pytest.approx(ppo["proxy"] - sft["proxy"])
+    assert metrics["monitor_findings"] == len(found["findings"])
+    rows, judge = held_out_prompts(upstream, 12), layout.artifact("reward", "judge")
+    model = load_causal(layout.artifact("ppo", "model"))
+    draw = derive_seed(0, "policy_eval", "samples")
+    reward_model = RewardModel.load(judge, tiny.tokenizer())
+    judged = answer(model, reward_model, tiny.tokenizer(), rows, tiny.params(), 2, draw)
+    assert ppo["judge"] == pytest.approx((judged.scores.mean() + 1) / 4)
+    flat = [(row["prompt"], r) for row, own in zip(rows, judged.tokens, strict=True) for r in own]
+    each = []
+    for prompt, response in flat:
+        logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].double()
+        each.append(torch.distributions.Categorical(logits=logits).entropy().mean().item())
+    assert ppo["entropy_nats"] == pytest.approx(np.mean(each), rel=1e-4)
+
+
+def test_findings_are_told_in_the_card_the_page_the_log_and_the_run(upstream, tmp_path, caplog, monkeypatch):
+    layout, tags, asked = project(upstream, tmp_path), [], []
+    said = {"judge_fall": "the judge fell", "tokens": "length 1 → 9 tokens"}
+    monkeypatch.setattr(monitor, "findings_of", lambda *given: asked.append(given) or said)
+    monkeypatch.setattr(policy_eval_stage, "log_tag", lambda *tag: tags.append(tag))
+    metrics, card = run(tiny.params(ppo={"monitor": {"kl_nats": 7.5}}), layout).metrics, card_of(layout)
+    ((before, after, limits),) = asked
+    assert not before.kl_nats.any() and after.kl_nats.any() and limits.kl_nats == 7.5
+    assert card["monitor"]["findings"] == said and metrics["monitor_findings"] == 2
+    assert tags == [("stackrl.monitor", "the judge fell; length 1 → 9 tokens")]
+    assert "policy_eval: the score rose by " in caplog.text and ", but the judge fell; length" in caplog.text
+    page = layout.artifact("policy_eval", "samples.md").read_text()
+    assert "- **judge_fall**: the judge fell\n- **tokens**: length 1" in page and "Nothing found." not in page
+    assert f"Gain and standard error: proxy {card['monitor']['gains']['proxy']['gain']:+.3f} ± " in page
+
+
+def test_nothing_found_is_said_too(upstream, tmp_path, caplog, monkeypatch):
+    layout, tags = project(upstream, tmp_path, ppo="sft"), []
+    monkeypatch.setattr(policy_eval_stage, "log_tag", lambda *tag: tags.append(tag))
+    assert run(tiny.params(), layout).metrics["monitor_findings"] == 0
+    assert tags == [("stackrl.monitor", "nothing found")] and "the score rose" not in caplog.text
+    assert "Nothing found." in layout.artifact("policy_eval", "samples.md").read_text()
+
+
+def test_a_judge_that_is_broken_is_named(upstream, tmp_path):
+    layout = project(upstream, tmp_path)
+    layout.artifact("reward").unlink()
+    shutil.copytree(upstream.artifact("reward"), layout.artifact("reward"))
+    layout.artifact("reward", "judge", "scores.json").unlink()
+    with pytest.raises(ValueError, match=r"^policy_eval: judge: no scores\.json beside"):
+        run(tiny.params(), layout)
+    shutil.copy(upstream.artifact("reward", "judge", "scores.json"), layout.artifact("reward", "judge"))
+    broken = tiny.scorer(seed=2, vocab_size=len(tiny.tokenizer()))
+    torch.nn.init.constant_(broken.score.weight, torch.nan)
+    tiny.save(broken, layout.artifact("reward", "judge"))
+    with pytest.raises(ValueError, match="artifacts/reward/judge gives scores that are not finite"):
+        run(tiny.params(), layout)
 
 
 def test_real_sites_have_no_correctness(upstream, tmp_path):
