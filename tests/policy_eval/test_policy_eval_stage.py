@@ -116,6 +116,18 @@ def test_the_monitor_sees_what_the_card_says(upstream, tmp_path):
     assert ppo["entropy_nats"] == pytest.approx(np.mean(each), rel=1e-4)
 
 
+def test_entropy_is_a_mean_over_the_tokens_of_each_response(upstream):
+    """Of uneven lengths, in batches: padding counts for nothing."""
+    model = load_causal(upstream.artifact("ppo", "model"))
+    flat = [([5, 6, 7], [8, 9, 10, 11]), ([12], [13]), ([14, 15], [16, 17])]
+    wanted = []
+    for prompt, response in flat:
+        logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].double()
+        wanted.append(torch.distributions.Categorical(logits=logits).entropy().mean().item())
+    for microbatch in (1, 2, 3):
+        assert monitor.entropies(model, flat, 0, 1.0, microbatch) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_findings_are_told_in_the_card_the_page_the_log_and_the_run(upstream, tmp_path, caplog, monkeypatch):
     layout, tags, asked = project(upstream, tmp_path), [], []
     said = {"judge_fall": "the judge fell", "tokens": "length 1 → 9 tokens"}

@@ -128,6 +128,15 @@ def test_a_checkpoint_keeps_looks_and_findings(monkeypatch, tmp_path):
     assert empty.start is None and empty.best is None and empty.findings == {}
 
 
+def test_a_loop_that_goes_on_remembers_its_looks():
+    keys = {**KEYS, "eval_updates": 1, "monitor": {"responses": 6}}
+    first, second = (Loop(trainer(**keys), likes_short, HELD, HELD, judge=likes_long) for _ in range(2))
+    first.update()
+    second.load_state_dict(first.state_dict())
+    assert second.looks.state_dict() == first.looks.state_dict() and second.looks.start is not None
+    assert list(second.looks.findings) == [1]
+
+
 def test_the_loop_writes_what_it_saw():
     """Score up, judge down: the run is found out; columns, statistics and points agree."""
     own = trainer(
