@@ -59,8 +59,7 @@ def train(
             B rows of a reward per token (:mod:`tasks.ppo.reward_functions` makes some).
         held_out: prompts of the looks every `eval_updates`; None: the first 64 of `prompts`.
         judge: a second opinion on what is sampled there, in the units of `reward_fn` and asked as it is: a
-            reward model trained on other questions, say. It teaches nothing; the monitor
-            (`config.monitor`) warns when it does not follow.
+            reward model trained on other questions, say. `config.monitor` warns when it does not follow.
         folder: for checkpoints; a run that finds one there goes on from it, bit for bit.
         checkpoint_updates: updates between two of them.
         decode_rows: most rows sampled side by side.
@@ -222,8 +221,8 @@ class Loop:
             weights = {k: v.detach().clone() for k, v in learnt(self.trainer.model).items()}
             self.best = {"update": number, "score": score, "weights": weights}
         found = {f"monitor/{name}": value for name, value in measures.items()}
-        count = float(len(self.looks.findings[number]))
-        return found | {"held_out_score": score, "held_out_kl_nats": kl, "monitor/findings": count}
+        found["monitor/findings"] = float(len(self.looks.findings[number]))
+        return found | {"held_out_score": score, "held_out_kl_nats": kl}
 
     def _save(self, folder: Path) -> None:
         if self.trainer.accelerator.is_main_process:
@@ -233,8 +232,8 @@ class Loop:
     def state_dict(self) -> dict:
         """Trainer, curve and best weights."""
         best = self.best if self.config.select == "best" else None
-        looks = self.looks.state_dict()
-        return {"trainer": self.trainer.state_dict(), "curve": self.curve.rows, "best": best, "looks": looks}
+        kept = {"curve": self.curve.rows, "best": best, "looks": self.looks.state_dict()}
+        return {"trainer": self.trainer.state_dict(), **kept}
 
     def load_state_dict(self, state: dict) -> None:
         """The inverse of :meth:`state_dict`."""

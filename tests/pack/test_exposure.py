@@ -174,7 +174,10 @@ def test_the_stage_weighs(packed):
 @pytest.mark.parametrize("exposure", ["later_wins", "weighted"])
 def test_what_is_held_out_keeps_every_pair(packed, exposure):
     before, after = (tiny.digests(packed[name].artifact("pack")) for name in ("any", exposure))
-    assert {name for name in before if before[name] != after[name]} == {"groups/reward.parquet", "groups/judge.parquet"}
+    assert {name for name in before if before[name] != after[name]} == {
+        "groups/reward.parquet",
+        "groups/judge.parquet",
+    }
     assert all(w == 1 for g in rows(packed[exposure], "eval") for w in g["weights"])
 
 

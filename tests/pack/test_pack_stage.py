@@ -175,7 +175,7 @@ def test_validation_is_two_percent_by_hash_and_whole_questions(packed):
     assert held, "this site has validation questions"
     for row in table(layout, "rows", "sft.parquet"):
         assert {a // 10 in held for a in row["answer_ids"]} == {row["is_validation"]}, "rows never mix"
-    for part in ("groups/reward", "groups/eval", "prompts/rl", "prompts/eval"):
+    for part in ("groups/reward", "groups/judge", "groups/eval", "prompts/rl", "prompts/eval"):
         for row in table(layout, f"{part}.parquet"):
             assert row["is_validation"] == is_validation("s.example", row["question_id"])
 
@@ -196,7 +196,7 @@ def test_two_runs_write_the_same_bytes(packed, tmp_path):
     again = tiny.project(tmp_path, splits)
     assert run(params, again).metrics == metrics
     assert tiny.digests(again.artifact("pack")) == tiny.digests(layout.artifact("pack"))
-    names = {"rows/sft", "groups/reward", "groups/eval", "prompts/rl", "prompts/eval"}
+    names = {"rows/sft", "groups/reward", "groups/judge", "groups/eval", "prompts/rl", "prompts/eval"}
     found = {p[:-8] for p in tiny.digests(layout.artifact("pack")) if p.endswith(".parquet")}
     assert found == names and (layout.artifact("pack", "tokenizer", "tokenizer.json")).is_file()
 
@@ -235,7 +235,7 @@ def test_a_new_prompt_length_leaves_rows_and_groups_as_they_are(packed, tmp_path
 
 def test_a_corpus_shorter_than_one_row_still_trains(tmp_path):
     splits = tiny.splits()
-    splits["sft"] = [tiny.question(n, answers=[("a", 1)]) for n in range(2)]
+    splits["sft"] = [tiny.question(0, answers=[("a", 1), ("b", 0)])]
     layout = tiny.project(tmp_path, splits)
     run(tiny.params(pack={"row_tokens": 400}), layout)
     (row,) = table(layout, "rows", "sft.parquet")

@@ -202,6 +202,7 @@ def adapted(upstream, tmp_path_factory):
     scorer = saved_scorer(folder / "adapter", source)
     tiny.save(merge_checked(scorer, [[5, 6, 7]]), folder)
     (folder / "scores.json").write_text(json.dumps(SCORES))
+    layout.artifact("reward", "judge").symlink_to(upstream.artifact("reward", "judge"))
     return layout
 
 

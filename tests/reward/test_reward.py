@@ -331,7 +331,7 @@ def test_a_quantised_base_is_merged_in_full_precision(packed, tmp_path, monkeypa
     given = tiny.params(reward=settings)
     quantised = given.model.model_copy(update={"quantize": "4bit"})
     run(given.model_copy(update={"model": quantised}), layout)
-    assert seen == ["4bit", None]
+    assert seen == ["4bit", None] * 2, "the reward model, then the judge"
     plain = AutoModelForSequenceClassification.from_pretrained(layout.artifact("reward", "model"))
     kept = read_adapter(layout.artifact("reward", "model", "adapter"), "test").tensors
     name = "model.layers.0.mlp.up_proj"
