@@ -12,7 +12,8 @@ from test_end_to_end import Clone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 OURS = """
-    machine.launch=ddp_cpu machine.threads=1 model.quantize=none ppo.lora_rank=2 machine.checkpoint_steps=3 machine.checkpoint_updates=2
+    machine.launch=ddp_cpu machine.threads=1 machine.checkpoint_steps=3 machine.checkpoint_updates=2
+    model.quantize=none ppo.lora_rank=2
     data.sample.questions=300 pack.row_tokens=256 pack.document_tokens=128 pack.prompt_tokens=128
     sft.lora_rank=2 sft.batch_rows=4 sft.max_steps=4 reward.lora_rank=2 reward.batch_questions=8
     reward.max_steps=4 reward_eval.enforce=false ppo.updates=3 ppo.batch_size=8 ppo.mini_batch_size=2

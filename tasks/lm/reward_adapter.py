@@ -46,6 +46,23 @@ class ScoredByAdapter(nn.Module):
     pretrained_model: nn.Module
     rm_adapter_name: str | None = None  # None: no reward adapter
 
+    @classmethod
+    def beside(cls, model: nn.Module, saved: SavedAdapter, name: str) -> ScoredByAdapter:
+        """What scores by an adapter beside others on one base, of which there may be several.
+
+        Args:
+            model: a causal language model under PEFT.
+            saved: the adapter and its score head.
+            name: what it is called there.
+
+        Raises:
+            ValueError: as :meth:`take_reward_adapter`.
+        """
+        scorer = cls()
+        scorer.pretrained_model = model
+        scorer.take_reward_adapter(saved, name)
+        return scorer
+
     @property
     def supports_rm_adapter(self) -> bool:
         """Whether there is a reward adapter."""

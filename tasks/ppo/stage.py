@@ -13,6 +13,7 @@ from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.generation import row_seeds
 from tasks.lm.loading import load_causal, load_tokenizer
 from tasks.lm.quantized import is_quantized, quantized_keys
+from tasks.lm.reward_adapter import ScoredByAdapter
 from tasks.ppo.looks import HELD_OUT, JUDGE
 from tasks.ppo.loop import Loop
 from tasks.ppo.reward_functions import RewardFunction, from_adapter, from_model
@@ -26,7 +27,6 @@ from tasks.run.progress import Progress
 from tasks.run.tracking import log_artifact, log_metrics, log_tag
 
 MONITOR_TAG = "stackrl.monitor"  # of the stage's MLflow run: the findings in words
-
 PROBES = 8  # prompts on whose responses a merge is checked
 
 
@@ -60,11 +60,7 @@ def prepare(params: Params, layout: Layout) -> tuple[Loop, object]:
         seed=params.seed, device=device,
         microbatch_rows=machine.microbatch_rows, trunk_megabytes=machine.trunk_megabytes,
     )  # fmt: skip
-    reward_fn = reward_of(params, layout, policy, tokenizer, device)
-    judge = from_model(
-        layout.artifact("reward", "judge"), tokenizer,
-        normalize=config.normalize_scores, rows=machine.microbatch_rows, device=device,
-    )  # fmt: skip
+    reward_fn, judge = (reward_of(params, layout, n, causal, tokenizer, device) for n in ("model", "judge"))
     rows = parquet.read_table(
         layout.artifact("pack", "prompts", "rl.parquet"), columns=["prompt", "is_validation"]
     ).to_pylist()
@@ -74,14 +70,24 @@ def prepare(params: Params, layout: Layout) -> tuple[Loop, object]:
     return Loop(trainer, reward_fn, train, held or train[:64], machine.decode_rows, judge), tokenizer
 
 
-def reward_of(params: Params, layout: Layout, policy, tokenizer, device) -> RewardFunction:
-    """The reward model's scores; its adapter's, on the policy's own base, where both are adapters."""
-    folder, rows = layout.artifact("reward", "model"), params.machine.microbatch_rows
+def reward_of(params: Params, layout: Layout, name: str, causal, tokenizer, device) -> RewardFunction:
+    """Scores of the reward model or the judge; of its adapter, on the policy's base, where both are adapters.
+
+    Args:
+        params: of the run.
+        layout: where it is.
+        name: `model` or `judge`.
+        causal: the policy's language model.
+        tokenizer: its tokenizer.
+        device: for a model that is loaded.
+    """
+    folder, rows = layout.artifact("reward", name), params.machine.microbatch_rows
     is_normal, adapter = params.ppo.normalize_scores, folder / "adapter"
     if not (params.ppo.lora_rank and adapter.is_dir()):
         return from_model(folder, tokenizer, normalize=is_normal, rows=rows, device=device)
-    policy.take_reward_adapter(read_adapter(adapter, "artifacts/reward/model/adapter"))
-    return from_adapter(policy, tokenizer, scores=folder if is_normal else None, rows=rows)
+    saved = read_adapter(adapter, f"artifacts/reward/{name}/adapter")
+    scorer = ScoredByAdapter.beside(causal, saved, f"reward_{name}")
+    return from_adapter(scorer, tokenizer, scores=folder if is_normal else None, rows=rows)
 
 
 def merge(params: Params, layout: Layout, loop: Loop) -> None:

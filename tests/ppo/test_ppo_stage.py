@@ -193,7 +193,7 @@ def test_held_out_prompts_are_the_validation_prompts_and_never_trained_on(upstre
 
 @pytest.fixture(scope="module")
 def adapted(upstream, tmp_path_factory):
-    """The same upstream, whose reward model is an adapter on SFT that was merged."""
+    """The same upstream, whose reward model and judge are an adapter on SFT that was merged."""
     layout = tiny.project(tmp_path_factory.mktemp("adapted"))
     for name in ("pack", "sft"):
         layout.artifact(name).parent.mkdir(exist_ok=True)
@@ -202,7 +202,7 @@ def adapted(upstream, tmp_path_factory):
     scorer = saved_scorer(folder / "adapter", source)
     tiny.save(merge_checked(scorer, [[5, 6, 7]]), folder)
     (folder / "scores.json").write_text(json.dumps(SCORES))
-    layout.artifact("reward", "judge").symlink_to(upstream.artifact("reward", "judge"))
+    layout.artifact("reward", "judge").symlink_to(folder)
     return layout
 
 
@@ -213,7 +213,8 @@ def test_a_policy_by_an_adapter(upstream, adapted, tmp_path, monkeypatch, way):
     whole, broken = (project(source, tmp_path / name) for name in ("whole", "broken"))
     keys = params(lora_rank=2, lora_alpha=4, learning_rate=0.01)
     loop, _ = stage.prepare(keys, whole)
-    assert loop.trainer.model.supports_rm_adapter == (way == "reward adapter")
+    beside = {"default", "reward_model", "reward_judge"} if way == "reward adapter" else {"default"}
+    assert set(loop.trainer.model.pretrained_model.peft_config) == beside, "one base for all of them"
     assert loop.trainer.ref_model is None and loop.trainer.ref_adapters == []
     wanted = run(keys, whole).metrics
     with monkeypatch.context() as patch:
