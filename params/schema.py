@@ -44,7 +44,7 @@ class MachineParams(Section):
     processes: int = Field(0, ge=0, description="with launch: how many; 0: as many as its file says")
     threads: int = Field(2, ge=1, description="CPU threads of a training process")
     onednn: bool = Field(
-        False, description="sft and reward on CPUs: oneDNN's float32 products, where a self-test is for them"
+        False, description="training on CPUs: oneDNN's float32 products, on AMD or if a self-test is for it"
     )
     microbatch_tokens: int = Field(
         2048, ge=1, description="most tokens in one forward of sft and reward; a longer row goes alone"

@@ -12,6 +12,7 @@ from tasks.lm.adapter_files import read_adapter
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.generation import row_seeds
 from tasks.lm.loading import load_causal, load_tokenizer
+from tasks.lm.products import use_onednn_products
 from tasks.lm.quantized import is_quantized, quantized_keys
 from tasks.lm.reward_adapter import ScoredByAdapter
 from tasks.ppo.looks import HELD_OUT, JUDGE
@@ -46,6 +47,8 @@ def prepare(params: Params, layout: Layout) -> tuple[Loop, object]:
     """
     config, machine = params.ppo, params.machine
     device = use_device(machine.device, machine.threads)
+    if machine.onednn and device.type == "cpu":
+        use_onednn_products()
     seed_everything(derive_seed(params.seed, "ppo", "models"))
     source = layout.artifact("sft", "model")
     tokenizer = load_tokenizer(source)

@@ -27,6 +27,7 @@ def faster(monkeypatch):
         busy = [3.0] + [1.0] * (products.TRIALS - 1)
         times = iter([t for part in parts for slow in busy for t in (1.0, slow * part)])
         monkeypatch.setattr(products, "_seconds", lambda product, precision: next(times))
+        monkeypatch.setattr(products, "is_amd", lambda: False)
 
     return pretend
 
@@ -45,6 +46,22 @@ def test_where_they_gain_too_little_nothing_changes(faster, parts):
     before = state()
     faster(*parts)
     assert not use_onednn_products() and state() == before
+
+
+def test_on_amd_it_need_not_show_a_gain(monkeypatch, faster):
+    if not products._is_exact():
+        pytest.skip("on this CPU oneDNN rounds float32 products")
+    faster(1.1, 1.1, 1.1)
+    monkeypatch.setattr(products, "is_amd", lambda: True)
+    assert use_onednn_products() and SWITCH.fp32_precision == ONEDNN
+
+
+def test_whose_processor_it_is(tmp_path):
+    facts = tmp_path / "cpuinfo"
+    assert not products.is_amd(facts)
+    for vendor, wanted in (("GenuineIntel", False), ("AuthenticAMD", True)):
+        facts.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+        assert products.is_amd(facts) is wanted
 
 
 @pytest.mark.parametrize("broken", range(3))
