@@ -94,7 +94,7 @@ def _reward(params: Params, shape: Shape, processes: int, shards: int, device: D
 
 
 def _ppo(params: Params, shape: Shape, processes: int, device: Device) -> Estimate:
-    """Every response as long as may be, every pass taken: an upper bound."""
+    """Every response as long as may be, every pass taken: an upper bound; scores: reward model and judge."""
     ppo, machine = params.ppo, params.machine
     whole = params.pack.prompt_tokens + ppo.response_tokens
     rows, trained = max(1, ppo.batch_size // processes), _trained(ppo, shape)
@@ -103,7 +103,8 @@ def _ppo(params: Params, shape: Shape, processes: int, device: Device) -> Estima
         shape, forward, ppo.dtype, trained=trained, base=_base(params), recompute=ppo.gradient_checkpointing
     )
     memory["reference"] = 4 * shape.parameters / GB if trained == shape.parameters else 0.0
-    memory["reward model"] = 4 * shape.of_trunk / GB
+    are_beside = ppo.lora_rank and params.reward.lora_rank and not params.reward.base  # on the policy's base
+    memory["scores"] = 2 * 4 * (shape.of_lora(params.reward.lora_rank) if are_beside else shape.of_trunk) / GB
     side_by_side = min(rows, machine.decode_rows)
     decode = kv_cache(shape, side_by_side, whole, ppo.dtype) / GB
     memory["cache"] = max(0.0, decode - memory["activations"])  # its memory serves the update afterwards

@@ -181,7 +181,7 @@ def test_ppo_by_hand():
     )
     found = estimates(given, 2, False, FLAT)["ppo"]
     assert found.steps == 9 and found.gigabytes["reference"] * GB == 4 * n
-    assert found.gigabytes["reward model"] * GB == 4 * (n - 32000 * 4096)
+    assert found.gigabytes["scores"] * GB == 2 * 4 * (n - 32000 * 4096), "the reward model and the judge"
     assert found.gigabytes["activations"] * GB == activations(LLAMA_7B, 3 * 256, dtype)
     assert found.gigabytes["cache"] == 0, "the update's activations take more, later"
     sampling = 8 * 100 * 4 * n / 1e12  # 32 rows, 4 at a time; each token reads 4n bytes
@@ -194,6 +194,9 @@ def test_ppo_by_hand():
         machine=given.machine.model_dump(),
     )
     more = estimates(again, 2, False, FLAT)["ppo"]
+    adapters = params(ppo={**ppo, "lora_rank": 4}, reward={"lora_rank": 2})
+    beside = estimates(adapters, 2, False, FLAT)["ppo"].gigabytes
+    assert beside["scores"] * GB == pytest.approx(2 * 4 * LLAMA_7B.of_lora(2)), "on the policy's base"
     assert more.seconds - found.seconds == pytest.approx(2 * 32 * 256 * 2 * n / 50e12)
     wide = params(
         ppo=ppo,
