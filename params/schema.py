@@ -252,6 +252,9 @@ class MonitorParams(Section):
     judge_fall: float = Field(
         0.1, ge=0, description="of the judge since its best look, standard deviations of its scores"
     )
+    agreement_fall: Share = Field(
+        0.5, description="of the correlation of score and judge over single responses, share of SFT's"
+    )
     kl_nats: Positive = Field(10.0, description="most KL to SFT, nats per response")
     length_factor: float = Field(
         1.5, gt=1, description="so many times as long as SFT's responses, or as short"

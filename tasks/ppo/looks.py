@@ -28,7 +28,7 @@ HELD_OUT = (  # columns of curve.csv
         for name in "proxy tokens eos_rate repetition_3 code_fence_rate entropy_nats distinct_2".split()
     ),
 )
-JUDGE = "held_out_judge"
+OF_JUDGE = ("held_out_judge", "held_out_agreement")  # where there is a judge
 _log = logging.getLogger(__name__)
 
 

@@ -13,7 +13,7 @@ from params.schema import PPOConfig
 from tasks.lm.generation import Responses, row_seeds
 from tasks.lm.switching import learnt, load_learnt
 from tasks.ppo.batch import check_tokens
-from tasks.ppo.looks import HELD_OUT, JUDGE, Looks
+from tasks.ppo.looks import HELD_OUT, OF_JUDGE, Looks
 from tasks.ppo.preflight import preflight
 from tasks.ppo.reward_functions import RewardFunction, scores_of, texts_of
 from tasks.run import checkpoint
@@ -147,7 +147,7 @@ class Loop:
         self.config: PPOConfig = trainer.config
         self.decode_rows = decode_rows
         self.looks = Looks(trainer, reward_fn, judge, held, decode_rows)
-        self.curve = Curve([*COLUMNS, *HELD_OUT, *([JUDGE] if judge else [])])
+        self.curve = Curve([*COLUMNS, *HELD_OUT, *(OF_JUDGE if judge else ())])
         self.best: dict | None = None  # update, score, weights of the best held-out score within the budget
 
     def run(

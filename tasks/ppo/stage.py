@@ -15,7 +15,7 @@ from tasks.lm.loading import load_causal, load_tokenizer
 from tasks.lm.products import use_onednn_products
 from tasks.lm.quantized import is_quantized, quantized_keys
 from tasks.lm.reward_adapter import ScoredByAdapter
-from tasks.ppo.looks import HELD_OUT, JUDGE
+from tasks.ppo.looks import HELD_OUT, OF_JUDGE
 from tasks.ppo.loop import Loop
 from tasks.ppo.reward_functions import RewardFunction, from_adapter, from_model
 from tasks.ppo.trainer import PPOTrainer
@@ -139,9 +139,10 @@ def run(params: Params, layout: Layout) -> StageResult:
     found = loop.looks.findings.get(chosen, {})
     log_tag(MONITOR_TAG, "; ".join(found.values()) or "nothing found")
     rows = loop.curve.rows
-    of_last = ("score", "kl_nats", "kl_coef", "entropy_nats", *HELD_OUT, JUDGE)
+    of_last = ("score", "kl_nats", "kl_coef", "entropy_nats", *HELD_OUT, *OF_JUDGE)
     last = {k: v for k, v in rows[-1].items() if k in of_last}
     start = loop.looks.start.means()
     first = {"first_score": rows[0]["score"], "monitor_findings": len(found)}
-    first |= {f"first_{name}": start[name.removeprefix("held_out_")] for name in ("held_out_proxy", JUDGE)}
+    at_start = "held_out_proxy", *OF_JUDGE
+    first |= {f"first_{name}": start[name.removeprefix("held_out_")] for name in at_start}
     return StageResult({"updates": trainer.updates, "selected_update": chosen, **first, **last})

@@ -10,7 +10,7 @@ import tiny
 import torch
 from made_trainers import is_still, trainer, weights
 
-from tasks.ppo.looks import HELD_OUT, JUDGE, Looks
+from tasks.ppo.looks import HELD_OUT, OF_JUDGE, Looks
 from tasks.ppo.loop import Loop
 from tasks.run import checkpoint
 
@@ -145,15 +145,16 @@ def test_the_loop_writes_what_it_saw():
     told = []
     loop = Loop(own, likes_short, tiny.drawn([3, 5, 2, 4, 6]), tiny.drawn([2] * 12, 9), judge=likes_long)
     loop.run(None, 10, lambda n, stats: told.append(stats))
-    assert loop.curve.columns[-1] == JUDGE and {"judge_share", "judge_fall"} <= set(loop.looks.findings[12])
+    assert tuple(loop.curve.columns[-2:]) == OF_JUDGE
+    assert {"judge_share", "judge_fall"} <= set(loop.looks.findings[12])
     last, row = told[-1], loop.curve.rows[-1]
     assert last["monitor/findings"] == len(loop.looks.findings[12]) and "monitor/judge" not in told[0]
-    for name in (*HELD_OUT[1:], JUDGE):
+    for name in (*HELD_OUT[1:], *OF_JUDGE):
         assert last["monitor/" + name.removeprefix("held_out_")] == row[name]
     assert last["held_out_score"] == row["held_out_score"] < row["held_out_proxy"]
     points = loop.looks.means(loop.curve)
     assert len(points) == 7 and points[0] == loop.looks.start.means()
-    assert points[-1]["judge"] == row[JUDGE] and points[-1]["proxy"] == row["held_out_proxy"]
+    assert points[-1]["judge"] == row[OF_JUDGE[0]] and points[-1]["proxy"] == row["held_out_proxy"]
 
 
 def test_a_judge_of_texts_gets_texts():
@@ -169,4 +170,4 @@ def test_a_judge_of_texts_gets_texts():
     assert [p for p, _ in seen] == [["Who?"] * 2] * 2, (
         "before the first update, and after it; never in training"
     )
-    assert all(isinstance(text, str) for _, r in seen for text in r) and curve.rows[-1][JUDGE] == 1.0
+    assert all(isinstance(text, str) for _, r in seen for text in r) and curve.rows[-1][OF_JUDGE[0]] == 1.0

@@ -19,7 +19,7 @@ from tasks.lm.adapters import merge_checked
 from tasks.lm.loading import load_causal
 from tasks.pack.records import PROMPTS
 from tasks.ppo import run, stage
-from tasks.ppo.looks import HELD_OUT, JUDGE
+from tasks.ppo.looks import HELD_OUT, OF_JUDGE
 from tasks.ppo.loop import COLUMNS
 from tasks.run.layout import Refusal
 
@@ -101,11 +101,11 @@ def test_the_curve_and_the_metrics(finished):
     layout, metrics = finished
     rows = curve(layout)
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
-    assert list(rows[0]) == ["step", *COLUMNS, *HELD_OUT, JUDGE]
+    assert list(rows[0]) == ["step", *COLUMNS, *HELD_OUT, *OF_JUDGE]
     assert [bool(row["held_out_score"]) for row in rows] == [False, True, False, True]
     assert metrics["updates"] == metrics["selected_update"] == 4
     assert metrics["first_score"] == float(rows[0]["score"]) and metrics["score"] == float(rows[-1]["score"])
-    for name in ("kl_nats", "kl_coef", "entropy_nats", *HELD_OUT, JUDGE):
+    for name in ("kl_nats", "kl_coef", "entropy_nats", *HELD_OUT, *OF_JUDGE):
         assert metrics[name] == float(rows[-1][name])
     assert float(rows[0]["kl_nats"]) == pytest.approx(0, abs=1e-5) and float(rows[0]["clipfrac"]) == 0
     assert float(rows[-1]["kl_nats"]) != 0 and (layout.home / "reports/ppo/curve.png").is_file()

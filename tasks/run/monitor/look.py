@@ -12,6 +12,13 @@ from tasks.run.monitor.text import distinct, has_code_fence, repetition
 Array = np.ndarray
 
 
+def correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Pearson's r of two rows of numbers; 0 where one of them does not vary."""
+    a, b = (np.asarray(x, dtype=np.float64) - np.mean(x) for x in (a, b))
+    size = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / size) if size else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Look:
     """What was measured on K responses to each of P prompts: means over the K, so that prompts are the units.
@@ -28,6 +35,7 @@ class Look:
     entropy_nats: Array  # [P] of the policy, per token
     distinct_2: float  # distinct bigrams over all bigrams of all responses
     judge: Array | None = None  # [P] score of the independent judge, in its own standard deviations
+    agreement: float | None = None  # correlation of the two scores over single responses
 
     @classmethod
     def of(
@@ -68,10 +76,11 @@ class Look:
             entropy_nats=by_prompt(entropy_nats),
             distinct_2=distinct(tokens, 2),
             judge=None if judge is None else by_prompt(judge),
+            agreement=None if judge is None else correlation(proxy, judge),
         )
 
     def means(self) -> dict[str, float]:
-        """Every measure as one number; `judge` only where there is one."""
+        """Every measure as one number; `judge` and `agreement` only where there is one."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: float(np.mean(value)) for name, value in found.items() if value is not None}
 

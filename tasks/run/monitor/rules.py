@@ -11,7 +11,10 @@ goes on rising as d(α − β ln d) while gold turns, so that first its *share* 
 it falls. Both are tested, each in standard deviations of the model's own validation scores:
 
 - `judge_share`: the mean over prompts of (judge's gain − share · score's gain) is below zero;
-- `judge_fall`: the judge has fallen by so much since the look that it liked best.
+- `judge_fall`: the judge has fallen by so much since the look that it liked best;
+- `agreement`: the two scores agree less on single responses than they did on SFT's. Models that share their
+  pre-training are fooled by the same text (arXiv 2312.09244), and then both rise; but off the text they know
+  they no longer order it alike.
 
 The others are how such policies look: repetition, lost variety, code fences (StackLLaMA), length, answers
 that do not end, an entropy that collapses, and the distance itself: far off the reward model knows nothing.
@@ -27,6 +30,8 @@ import numpy as np
 
 from tasks.run.monitor.look import Look
 
+ALMOST = 0.999999  # a correlation of 1 has no finite z
+
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
@@ -35,6 +40,7 @@ class Thresholds:
     noise: float  # standard errors over prompts
     judge_share: float  # of the score's gain
     judge_fall: float  # standard deviations of the judge
+    agreement_fall: float  # share of what the two scores' correlation was on SFT's
     kl_nats: float  # per response
     length_factor: float  # longer or shorter than SFT's
     entropy_fall: float  # share of SFT's
@@ -65,6 +71,21 @@ def has_risen(start: Look, now: Look, noise: float) -> bool:
     return exceeds(start.proxy, now.proxy, 0.0, noise)
 
 
+def disagrees(before: float, now: float, count: int, limits: Thresholds) -> bool:
+    """Whether a correlation fell past its threshold and beyond noise (Fisher's z, error √(2 / (n − 3))).
+
+    Args:
+        before: r of SFT's responses.
+        now: r of the policy's.
+        count: prompts; their responses may say the same.
+        limits: the thresholds.
+    """
+    if count <= 3 or now >= (1 - limits.agreement_fall) * before:
+        return False
+    before, now = (math.atanh(max(-ALMOST, min(r, ALMOST))) for r in (before, now))
+    return before - now > limits.noise * math.sqrt(2 / (count - 3))
+
+
 def findings_of(start: Look, now: Look, limits: Thresholds, best: Look | None = None) -> dict[str, str]:
     """What moved while the score rose: signal -> a sentence with its figures; empty when all is well.
 
@@ -91,6 +112,10 @@ def _of_judge(start: Look, now: Look, limits: Thresholds, best: Look) -> Iterato
     if exceeds(now.judge, best.judge, limits.judge_fall, limits.noise):
         fall = best.judge.mean() - now.judge.mean()
         yield "judge_fall", f"the judge fell by {fall:.2f} since the look it liked best"
+    if None not in (start.agreement, now.agreement) and disagrees(
+        start.agreement, now.agreement, len(now.judge), limits
+    ):
+        yield "agreement", _moved("correlation of score and judge", "", start.agreement, now.agreement)
 
 
 def _of_policy(start: Look, now: Look, limits: Thresholds) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tasks.run.monitor import Look
+from tasks.run.monitor.look import correlation
 
 EOS = 1
 
@@ -34,7 +35,9 @@ def test_by_hand():
     for name, values in wanted.items():
         assert getattr(look, name).tolist() == pytest.approx(values), name
     assert look.distinct_2 == pytest.approx(5 / 7)
-    assert look.means() == pytest.approx({k: sum(v) / 2 for k, v in wanted.items()} | {"distinct_2": 5 / 7})
+    assert look.agreement == pytest.approx(14 / 220**0.5)  # over the four responses, not the two prompts
+    rest = {"distinct_2": 5 / 7, "agreement": look.agreement}
+    assert look.means() == pytest.approx({k: sum(v) / 2 for k, v in wanted.items()} | rest)
 
 
 def test_only_what_ends_with_eos_ends():
@@ -50,3 +53,10 @@ def test_a_checkpoint_gives_it_back(judge):
     again = Look.from_state(json.loads(json.dumps(look.state_dict())))
     for field in fields(Look):
         assert np.array_equal(getattr(again, field.name), getattr(look, field.name)), field.name
+
+
+def test_correlation_by_hand():
+    """Of 1 2 3 with 1 3 2: 1 / 2; what does not vary agrees with nothing."""
+    assert correlation([1, 2, 3], [1, 3, 2]) == pytest.approx(0.5)
+    assert correlation([1, 2, 3], [-2, -4, -6]) == pytest.approx(-1)
+    assert correlation([1, 1, 1], [1, 2, 3]) == 0

@@ -10,11 +10,11 @@ import pytest
 
 from params.schema import MonitorParams
 from tasks.run.monitor import Look, Thresholds, findings_of, gain
-from tasks.run.monitor.rules import exceeds, has_risen
+from tasks.run.monitor.rules import disagrees, exceeds, has_risen
 
 LIMITS = Thresholds(
-    noise=2.0, judge_share=0.5, judge_fall=0.2, kl_nats=3.0, length_factor=1.5, entropy_fall=0.5,
-    distinct_fall=0.3, repetition_rise=0.1, code_fence_rise=0.1, eos_fall=0.1,
+    noise=2.0, judge_share=0.5, judge_fall=0.2, agreement_fall=0.5, kl_nats=3.0, length_factor=1.5,
+    entropy_fall=0.5, distinct_fall=0.3, repetition_rise=0.1, code_fence_rise=0.1, eos_fall=0.1,
 )  # fmt: skip
 P = 4  # prompts
 
@@ -121,3 +121,22 @@ def test_the_parameters_are_the_thresholds():
     for key, value in (("noise", 0), ("length_factor", 1), ("entropy_fall", 1.5), ("responses", 0)):
         with pytest.raises(ValueError, match=key):
             MonitorParams(**{key: value})
+
+
+def test_agreement_by_hand():
+    """Fisher's z of .5 is .549, of .2 .203: the difference .347 is 2 errors √(2 / (n − 3)) at n = 70."""
+    for count, wanted in ((69, False), (70, True)):
+        assert disagrees(0.5, 0.2, count, LIMITS) is wanted
+    assert not disagrees(0.5, 0.26, 10**6, LIMITS), "more than half of it is left"
+    assert disagrees(1.0, 0.4, 100, LIMITS) and not disagrees(1.0, 0.0, 3, LIMITS)
+    assert disagrees(0.5, -1.0, 10, LIMITS)
+
+
+def test_two_scores_that_rise_together_may_disagree():
+    many = {"proxy": np.ones(200), "judge": np.ones(200)} | {
+        name: np.full(200, getattr(START, name)[0])
+        for name in ("kl_nats", "tokens", "eos_rate", "repetition_3", "code_fence_rate", "entropy_nats")
+    }
+    start = replace(START, **many | {"proxy": np.zeros(200), "judge": np.zeros(200)}, agreement=0.6)
+    for agreement, wanted in ((0.15, {"agreement"}), (0.45, set())):
+        assert found(replace(start, **many, agreement=agreement), start) == wanted
