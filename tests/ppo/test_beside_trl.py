@@ -281,8 +281,8 @@ def reads_each_row_as_if_alone(run: Run, _) -> bool:
 
 @torch.no_grad()
 def shows_the_model_below_the_adapter(run: Run, _) -> bool:
-    model, (found,) = tiny.causal(), run.found["actions"]
-    text, below = found["tokens"]
+    model, found = tiny.causal(), run.found["actions"]
+    text, below = found[-1]["tokens"]
     wanted = [list(prompt) for prompt in PROMPTS]
     for row in wanted:
         for _ in range(6):
@@ -330,7 +330,7 @@ SINGLE = {"queries": [[5, 6, 7]], "responses": [[9]], "scores": [1.0]}
 EMPTY = batch() | {"responses": [[], *batch()["responses"][1:]]}
 BLIND = {"weights": "llama-blind", "init_kl_coef": 0.0, "lam": 0.5, "adap_kl_ctrl": False}
 WHOLE = {"mini_batch_size": 8}
-LORA = {"r": 4, "lora_alpha": 64, "init_lora_weights": False}
+LORA = {"r": 4, "lora_alpha": 64}
 OTHERS = {"one big batch": case(ppo_epochs=1, **WHOLE)}
 DEFECTS: dict[str, tuple[dict, Callable[[Run, dict[str, Run]], bool]]] = {
     "max_grad_norm clips the first update alone": (case(max_grad_norm=0.1), clips_every_update),
@@ -364,7 +364,10 @@ DEFECTS: dict[str, tuple[dict, Callable[[Run, dict[str, Run]], bool]]] = {
     ),
     "a prompt that holds eos ends there": (case(greedy([5, tiny.EOS, 7], [8, 9])), returns_whole_prompts),
     "the reference's text is the adapter's": (
-        case(greedy(*PROMPTS, generate_ref_response=True), reference=None, lora=LORA),
+        case(
+            batch(), greedy(*PROMPTS, generate_ref_response=True),
+            reference=None, lora=LORA, learning_rate=0.1,
+        ),
         shows_the_model_below_the_adapter,
     ),
     "num_shared_layers shares no memory": (
