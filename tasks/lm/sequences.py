@@ -273,7 +273,7 @@ def _from(
     causal, trunk: TrunkStates | None, where: Tensor, is_real: Tensor, shape: Sequence[int]
 ) -> AbstractContextManager:
     """Where a trunk's states are given, the blocks above them run alone; the batch has this shape."""
-    if trunk is None or not trunk.depth:
+    if trunk is None:
         return nullcontext()
     states = trunk.laid(where, is_real, math.prod(shape))
     return given_trunk(causal, trunk.depth, states.view(*([1] * (2 - len(shape))), *shape, -1))

@@ -98,10 +98,13 @@ def shares_trunk(model: nn.Module, other: nn.Module, depth: int) -> bool:
     trunk = trunk_of(model, depth)
     if model is other:
         return not any(hasattr(m, "base_layer") for part in trunk for m in part.modules())
-    sizes = len(blocks_of(model)), len(blocks_of(other))
-    places = [[(p.data_ptr(), p.shape) for part in each for p in part.parameters()]
-              for each in (trunk, trunk_of(other, depth) if depth <= sizes[1] else [])]  # fmt: skip
-    return sizes[0] == sizes[1] and places[0] == places[1]
+    if len(blocks_of(other)) < depth:
+        return False
+    own, others = (
+        [(p.data_ptr(), p.shape) for part in each for p in part.parameters()]
+        for each in (trunk, trunk_of(other, depth))
+    )
+    return own == others
 
 
 @dataclass(frozen=True, slots=True)

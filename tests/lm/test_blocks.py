@@ -130,7 +130,10 @@ def test_a_window_shorter_than_a_run(monkeypatch):
     assert sight.runs == (4, 3)
     near, far = (blocks.attend(sight, q, k, v, window=window) for window in (2, 4))
     assert tiny.far(blocks.attend(sight, q, k, v), far) == 0 and tiny.far(near, far) > 1e-2
-    wanted = blocks.attend(blocks.replace(sight, runs=()), q, k, v, window=2)
-    assert tiny.far(near, wanted) == 0
+    plain = blocks.replace(sight, runs=())
+    assert tiny.far(near, blocks.attend(plain, q, k, v, window=2)) == 0
+    assert tiny.far(blocks.attend(sight, q, k, v, window=3), blocks.attend(plain, q, k, v, window=3)) == 0
+    scaled = blocks.attend(sight, q, k, v, scaling=3.0)
+    assert tiny.far(scaled, blocks.attend(plain, q, k, v, scaling=3.0)) <= CLOSE < tiny.far(scaled, far)
     bias = torch.randn(1, 2, 7, 7, generator=draw)
     assert tiny.far(blocks.attend(sight, q, k, v, bias=bias), far) > 1e-2

@@ -324,3 +324,12 @@ def test_on_a_gpu(monkeypatch, lower):
     (-(plain(*tensors, places, tokens)[0] * up).sum()).backward()
     gradients = taken(tensors)
     assert all(tiny.far(a.cpu(), b.cpu()) <= bound for a, b in zip(found[0][6:], gradients, strict=True))
+
+
+def test_an_entropy_whose_token_has_no_probability_has_a_gradient():
+    """Of two tokens as likely and one that cannot be: H = log 2, slope 0; nothing is 0 · ∞."""
+    logits = torch.tensor([[0.0, 0.0, -torch.inf]], requires_grad=True)
+    said = read_tokens(logits, None, None, torch.tensor([0]), torch.tensor([1]), entropy=True)
+    assert said.entropy.item() == pytest.approx(math.log(2))
+    (said.entropy + said.logprobs).sum().backward()
+    assert logits.grad.tolist() == [pytest.approx([-0.5, 0.5, 0.0])]

@@ -151,7 +151,7 @@ def test_who_shares_a_trunk():
     assert shares_trunk(model, other, 1) and shares_trunk(model, other, 2)
     assert not shares_trunk(model, other, 3)
     assert not shares_trunk(model, create_reference_model(model), 1)
-    assert not shares_trunk(model, tiny.causal(), 2)
+    assert not shares_trunk(model, tiny.causal(), 2) and not shares_trunk(model, tiny.causal(), 3)
     assert Hydra.of(model, other) == Hydra(2, True)
     assert Hydra.of(model, other, value_layers=2) == Hydra(1, True)
     assert Hydra.of(model, create_reference_model(model)) == Hydra(2, False)

@@ -134,6 +134,9 @@ def test_a_reference_of_its_own():
     reference = tiny.causal(num_hidden_layers=BLOCKS, seed=5).requires_grad_(False)
     policy, plain = (made(megabytes=m, given={"ref_model": reference}) for m in (64, 0))
     assert policy.hydra.depth == 2 and not policy.hydra.is_shared
+    prompts, responses, _ = batch()
+    wanted = response_logprobs(reference, lay_out(prompts, responses, tiny.PAD, "cpu"), 1.0)
+    assert tiny.far(policy.observe(prompts, responses).ref_logprobs, wanted) < 1e-5
     start = weights(policy)
     found, wanted = (each.step(*batch()) for each in (policy, plain))
     assert found["objective/kl"] == pytest.approx(wanted["objective/kl"], rel=1e-5) and wanted["objective/kl"]
