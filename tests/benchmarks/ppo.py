@@ -1,12 +1,12 @@
 """PPOTrainer beside TRL 0.11.4's, in one run: same weights, same prompts, same responses, same first losses.
 
-    STACKRL_PPO_PEER_PYTHON=<python with trl==0.11.4> python tests/benchmarks/ppo.py [hydra] [rollouts|step]
+    STACKRL_PPO_PEER_PYTHON=<python with trl==0.11.4> python tests/benchmarks/ppo.py [hydra] [onednn] [step]
 
 LLaMA, 8 layers, 512 wide, vocabulary 32,000; prompts of 32 to 256 tokens, 48 new ones each, batch 16,
 minibatch 4, 4 epochs, two threads; `hydra`: the first 6 layers are frozen and shared with the reference. TRL
 in float32, at its default generation batch of 4 and told ours; ours in float32 and under bfloat16 autocast.
-Each in a process of its own, the first call excluded, medians of the others; memory is the peak above the
-imports' own. Nothing is timed before the losses of a step agree.
+`rollouts` or `step`: these alone. Each in a process of its own, the first call excluded, medians of the
+others; memory is the peak above the imports' own. Nothing is timed before the losses of a step agree.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ MODEL = {
 CONFIG = {"batch_size": 16, "mini_batch_size": 4, "ppo_epochs": 4, "learning_rate": 1.41e-5}
 SHORTEST, LONGEST, NEW = 32, 256, 48  # tokens
 SHARED = {"hydra": {"num_shared_layers": 6}, "full": {}}  # further arguments of the trainer
+ONEDNN = "STACKRL_BENCHMARK_ONEDNN"  # for the processes that are started
 THREADS, DTYPES = 2, ("float32", "bfloat16")
 ROLLOUTS, STEPS = 6, 3  # calls, the first of which is not timed
 TOLERANCE = 1e-4
@@ -46,9 +47,9 @@ LOSSES = "ppo/loss/policy", "ppo/loss/value"
 
 
 def trainer(config: PPOConfig, *args: object, **keys: object) -> PPOTrainer:
-    """With the products and the allocator that a stage would choose."""
+    """With the allocator of a stage, and its products under `machine.onednn` where that word is given."""
     keep_freed_memory()
-    if config.dtype == "float32":
+    if config.dtype == "float32" and ONEDNN in os.environ:
         use_onednn_products()
     return PPOTrainer(config, *args, **keys)
 
@@ -167,5 +168,7 @@ if __name__ == "__main__":
     else:
         with tempfile.TemporaryDirectory() as name:
             words = sys.argv[1:]
-            kinds = [word for word in words if word not in SHARED] or ["rollouts", "step"]
+            if "onednn" in words:
+                os.environ[ONEDNN] = "1"
+            kinds = [word for word in words if word in ("rollouts", "step")] or ["rollouts", "step"]
             main(Path(name), kinds, "hydra" if "hydra" in words else "full")
