@@ -1,15 +1,18 @@
-"""`python -m params use <preset> [key=value …]` writes params.yaml, `check` reads, `estimate` weighs it."""
+"""`python -m params use <preset> [key=value …]` writes params.yaml; check, record and estimate read it."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from params import inputs
 from params.estimate import describe
-from params.links import BASES, HUB, RAW, Link, dump_links, hub_names, model_links, relink
+from params.inputs import BASES, KEYS, RAW, Record, read_record, record_path, record_text
+from params.links import Link, dump_links, hub_names, model_links, recorded_names, relinked
 from params.load import ParamsError, read, read_mapping, validate
 from params.render import render
 
@@ -17,7 +20,7 @@ PRESETS = Path(__file__).parent / "presets"
 PARAMS = Path("params.yaml")
 USAGE = (
     "usage: python -m params use <preset> [key=value …] | python -m params check | "
-    "python -m params estimate [key=value …]"
+    "python -m params record | python -m params estimate [key=value …]"
 )
 
 
@@ -29,6 +32,8 @@ def main(argv: list[str]) -> int:
                 print(use(preset, settings))
             case ["check"]:
                 print(check())
+            case ["record"]:
+                print(record())
             case ["estimate", *settings]:
                 print(describe(read(PARAMS), dict(_setting(text) for text in settings)))
             case _:
@@ -45,12 +50,14 @@ def presets() -> list[str]:
 
 
 def use(preset: str, settings: list[str]) -> str:
-    """Write params.yaml from a preset and settings; link the files they name. Nothing changes on a mistake.
+    """Write params.yaml from a preset and settings; link and record the files they name.
+
+    On a mistake nothing changes.
 
     Args:
         preset: a name in params/presets.
         settings: "dotted.key=value"; `data.source` takes paths, `model.base` and `reward.base` a folder or a
-            Hub id.
+            Hub id; each also takes what is recorded already, whether it is here or not.
 
     Returns:
         One line for the user.
@@ -63,37 +70,85 @@ def use(preset: str, settings: list[str]) -> str:
     if preset not in presets():
         raise ParamsError(f"no preset {preset!r}; there are {', '.join(presets())}")
     values = read_mapping(PRESETS / f"{preset}.yaml")
-    given = dict(_setting(text) for text in settings)
-    raw = dump_links(given["data.source"]) if given.get("data.source", "sample") != "sample" else []
-    bases = {key: _base_links(key, given.get(key, "")) for key in BASES}
-    recorded: dict[str, Any] = dict(given)
-    if given.get("data.source", "sample") != "sample":
-        recorded["data.source"] = [*(link.name for link in raw), *hub_names(given["data.source"])]
-    recorded |= {key: str(BASES[key]) for key, found in bases.items() if found}
-    for key, value in recorded.items():
+    given: dict[str, Any] = dict(_setting(text) for text in settings)
+    earlier = {folder: read_record(Path(), folder) for folder in KEYS}
+    links: dict[Path, list[Link]] = {folder: [] for folder in KEYS}
+    named: dict[Path, list[str]] = {folder: [] for folder in KEYS}  # recorded already, and meant as recorded
+    if (source := given.get("data.source", "sample")) != "sample":
+        links[RAW], named[RAW] = dump_links(source, earlier[RAW]), recorded_names(source, earlier[RAW])
+        given["data.source"] = sorted({*(link.name for link in links[RAW]), *named[RAW]}) + hub_names(source)
+    for key, folder in BASES.items():
+        links[folder], named[folder] = _base_links(key, given.get(key, ""), earlier[folder])
+        given |= {key: str(folder)} if links[folder] or named[folder] else {}
+    for key, value in given.items():
         _put(values, key, value)
     params = validate(values)
-    relink({RAW: raw, **{BASES[key]: found for key, found in bases.items()}})
-    text = render(params, shlex.join(["python", "-m", "params", "use", preset, *_shown(recorded)]))
-    _replace(PARAMS, text)
-    return f"{PARAMS}: preset {preset}" + (f", {len(raw)} dump file(s) linked into {RAW}" if raw else "")
+    text = render(params, shlex.join(["python", "-m", "params", "use", preset, *_shown(given)]))
+    with relinked(links):
+        records = {
+            folder: _recorded(folder, links[folder], named[folder], earlier[folder]) for folder in KEYS
+        }
+        inputs.replace_together({**{record_path(f): record_text(records[f]) for f in KEYS}, PARAMS: text})
+    return f"{PARAMS}: preset {preset}" + "".join(map(_told, KEYS, (links[f] for f in KEYS)))
 
 
 def check() -> str:
-    """Validate params.yaml and that the files it names are there; one line for the user.
+    """Validate params.yaml, and that the files it names are recorded and, where they are here, unchanged.
+
+    Returns:
+        One line for the user, which says what is not on this machine.
 
     Raises:
         ParamsError: one line that names the key.
     """
+    params, absent = read(PARAMS), []
+    for folder, key in KEYS.items():
+        record = read_record(Path(), folder)
+        for name in inputs.names_read(params, folder, record):
+            if name not in record:
+                raise ParamsError(f"{PARAMS}: {key}: {inputs.unrecorded(Path(), folder, name)}")
+            if (folder / name).exists():
+                inputs.refuse_another(folder / name, record[name], folder, Path())
+            else:
+                absent.append(f"{key}: {inputs.missing(Path(), folder, name, record[name])}")
+    return "; ".join([f"{PARAMS}: ok", *absent])
+
+
+def record() -> str:
+    """Record the files that params.yaml names as they are now; those that are not here stay as recorded.
+
+    Raises:
+        ParamsError: one that is neither here nor recorded.
+    """
     params = read(PARAMS)
-    if params.data.source != "sample":
-        for name in params.data.source:
-            if not name.startswith(HUB) and not (RAW / name).is_file():
-                raise ParamsError(f"{PARAMS}: data.source: {RAW / name} is missing or leads nowhere")
-    for key, base in (("model.base", params.model.base), ("reward.base", params.reward.base)):
-        if base == str(BASES[key]):
-            model_links(BASES[key], key)
-    return f"{PARAMS}: ok"
+    texts: dict[Path, str] = {}
+    for folder, key in KEYS.items():
+        found = read_record(Path(), folder)
+        before = record_text(found)
+        if inputs.base_of(params, folder) == str(folder) and folder.is_dir():
+            found = dict.fromkeys((link.name for link in model_links(folder, key)), inputs.NOTHING)
+        for name in inputs.names_read(params, folder, found):
+            if (folder / name).exists():
+                found[name] = inputs.measure(folder / name, Path())
+            elif name not in found:
+                raise ParamsError(f"{PARAMS}: {key}: {inputs.unrecorded(Path(), folder, name)}")
+        if record_text(found) != before:
+            texts[record_path(folder)] = record_text(found)
+    inputs.replace_together(texts)
+    return "; ".join(f"{path}: written" for path in texts) or "every file is as recorded"
+
+
+def _recorded(folder: Path, links: list[Link], named: list[str], earlier: Record) -> Record:
+    """The record of a folder: what is linked, measured anew, and what is not here, as it was."""
+    absent = {name: earlier[name] for name in named if not (folder / name).exists()}
+    return absent | {link.name: inputs.measure(folder / link.name, Path()) for link in links}
+
+
+def _told(folder: Path, links: list[Link]) -> str:
+    """What the user hears of a folder of links."""
+    return (
+        f", {len(links)} file(s) linked into {folder} and recorded in {record_path(folder)}" if links else ""
+    )
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -116,34 +171,33 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _base_links(key: str, base: str) -> list[Link]:
-    """Links to the model in a folder; none for a Hub id, which has one slash at most and names no folder."""
+def _base_links(key: str, base: str, earlier: Record) -> tuple[list[Link], list[str]]:
+    """Links to the model in a folder, or the recorded names that `base` stands for; neither for a Hub id.
+
+    A Hub id has one slash at most and names no folder.
+    """
     folder = Path(base).expanduser()
     if not base:
-        return []
+        return [], []
+    if base == str(BASES[key]) and earlier and not any((folder / name).exists() for name in earlier):
+        return [], sorted(earlier)
     if folder.is_dir():
-        return model_links(folder, key)
+        return model_links(folder, key), []
     if base.count("/") > 1 or base.startswith((".", "/", "~")):
         raise ParamsError(f"{key}: folder {base} does not exist")
-    return []
+    return [], []
 
 
-def _shown(recorded: dict[str, Any]) -> list[str]:
+def _shown(given: dict[str, Any]) -> list[str]:
     """The settings as recorded: names in place of paths, which are this machine's own."""
-    return [f"{key}={','.join(v) if isinstance(v, list) else v}" for key, v in recorded.items()]
+    return [f"{key}={_list(value) if isinstance(value, list) else value}" for key, value in given.items()]
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write beside, make durable, rename: a reader sees the old text or the new, never half of one."""
-    new = path.with_name(f".{path.name}.new")
-    try:
-        with new.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+def _list(names: list[str]) -> str:
+    """Names as `data.source=` takes them: with commas between, or as a YAML list where a name would be misread."""
+    if any("," in name or name.startswith("[") for name in names):
+        return yaml.safe_dump(names, default_flow_style=True, allow_unicode=True, width=10**6).strip()
+    return ",".join(names)
 
 
 if __name__ == "__main__":

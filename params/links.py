@@ -1,22 +1,23 @@
-"""Files from anywhere, linked into data/raw (dumps) and data/*base (base models), where DVC hashes them."""
+"""Files from anywhere, to be linked into data/raw (dumps) and data/*base (base models)."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
+from params.inputs import HUB, RAW
 from params.load import ParamsError
 
-RAW = Path("data/raw")
-BASES = {"model.base": Path("data/base"), "reward.base": Path("data/reward_base")}
 DUMP_SUFFIXES = (".7z", ".xz", ".gz", ".bz2", ".xml", ".jsonl", ".parquet")
 # In a folder: the archive of a whole site, Posts alone and preference data; not the other tables of the dump.
 OTHER_TABLE = re.compile(r"(^|[.-])(Badges|Comments|PostHistory|PostLinks|Tags|Users|Votes)\.", re.IGNORECASE)
 POSTS = re.compile(r"(\.7z|(^|[.-])Posts\.xml(\.(xz|gz|bz2))?|\.parquet|\.jsonl(\.(xz|gz|bz2))?)$")
-HUB = "hf://datasets/"  # not linked: the data stage streams it
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # no pickles, no code
 
 
@@ -28,12 +29,13 @@ class Link:
     target: Path  # absolute
 
 
-def dump_links(value: str) -> list[Link]:
+def dump_links(value: str, recorded: Collection[str] = ()) -> list[Link]:
     """The dump files that `data.source=<value>` names.
 
     Args:
-        value: a path, several with commas between, or a folder of dumps, or of folders with a Posts.xml each;
-            names on the Hub are passed over.
+        value: a path, several with commas between or as a YAML list, or a folder of dumps, or of folders with
+            a Posts.xml each; names on the Hub are passed over, and recorded ones that are not here.
+        recorded: names in data/raw that may stand for themselves.
 
     Returns:
         Links by name; a file called Posts.xml takes its folder's name: `<folder>.Posts.xml`. A PostLinks file
@@ -44,15 +46,35 @@ def dump_links(value: str) -> list[Link]:
     """
     links: dict[str, Link] = {}
     for part in _parts(value):
+        if _is_recorded(part, recorded):
+            if (RAW / part).exists():
+                links[part] = Link(part, (RAW / part).resolve())
+            continue
         for path in _dump_files(Path(part).expanduser()):
             is_bare = path.name.startswith(("Posts.", "PostLinks."))
-            name = f"{path.parent.absolute().name}.{path.name}" if is_bare else path.name
+            name = _text_name(f"{path.parent.absolute().name}.{path.name}" if is_bare else path.name)
             if name in links:
                 raise ParamsError(f"data.source: {links[name].target} and {path} would both be {RAW / name}")
             links[name] = Link(name, path.resolve())
-    if not links and not hub_names(value):
+    if not _parts(value, hub=None):
         raise ParamsError("data.source is empty; name dump files: data.source=<path>[,<path> …]")
     return [links[name] for name in sorted(links)]
+
+
+def recorded_names(value: str, recorded: Collection[str]) -> list[str]:
+    """The names in `data.source=<value>` that stand for what is recorded, here or not."""
+    return sorted({part for part in _parts(value) if _is_recorded(part, recorded)})
+
+
+def _is_recorded(part: str, recorded: Collection[str]) -> bool:
+    return part in recorded and not Path(part).expanduser().exists()
+
+
+def _text_name(name: str) -> str:
+    """A file name that YAML, JSON and git can carry: bytes that are no UTF-8 become %E9."""
+    if not name.isprintable() and any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
+        raise ParamsError(f"data.source: {name!r} has a control character in its name; rename the file")
+    return "".join(f"%{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in name)
 
 
 def model_links(folder: Path, key: str) -> list[Link]:
@@ -69,36 +91,61 @@ def model_links(folder: Path, key: str) -> list[Link]:
     return [Link(path.name, path.resolve()) for path in files if not path.name.startswith(".")]
 
 
-def relink(wanted: Mapping[Path, Sequence[Link]]) -> None:
+@contextmanager
+def relinked(wanted: Mapping[Path, Sequence[Link]]) -> Iterator[None]:
     """Make the links the only symbolic ones in their folders; real files there are the user's own and stay.
 
     Args:
-        wanted: folder -> its links.
+        wanted: folder -> its links. When the block raises, the earlier links are back.
 
     Raises:
         ParamsError: a real file stands where a link to another should be; then nothing is changed.
     """
     for folder, links in wanted.items():
-        folder.mkdir(parents=True, exist_ok=True)
         for path in (folder / link.name for link in links if link.target != (folder / link.name).resolve()):
             if path.exists() and not path.is_symlink():
                 raise ParamsError(f"{path} is a file of your own, in the way of a link of that name")
+    before = {folder: [Link(p.name, Path(os.readlink(p))) for p in _symlinks(folder)] for folder in wanted}
+    try:
+        _relink(wanted)
+        yield
+    except BaseException:
+        _relink(before)
+        raise
+
+
+def _relink(wanted: Mapping[Path, Sequence[Link]]) -> None:
     for folder, links in wanted.items():
-        for path in [path for path in folder.iterdir() if path.is_symlink()]:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in _symlinks(folder):
             path.unlink()
         for link in links:
-            if not (folder / link.name).exists():  # else it is the file itself
+            if not os.path.lexists(folder / link.name):  # else it is the file itself
                 os.symlink(link.target, folder / link.name)
+
+
+def _symlinks(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_symlink()] if folder.is_dir() else []
 
 
 def hub_names(value: str) -> list[str]:
     """The names on the Hub among those that `data.source=<value>` names."""
-    return sorted({part for part in _parts(value, hub=True)})
+    return sorted(set(_parts(value, hub=True)))
 
 
-def _parts(value: str, hub: bool = False) -> list[str]:
-    parts = filter(None, map(str.strip, value.split(",")))
-    return [part for part in parts if part.startswith(HUB) is hub]
+def _parts(value: str, hub: bool | None = False) -> list[str]:
+    """The paths (or names on the Hub, or both) in a value: one path, several with commas, or a YAML list."""
+    if value.startswith("[") and value.endswith("]"):
+        try:
+            parts = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parts = None
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise ParamsError(f"data.source: {value!r} is no list of names")
+    else:  # a comma may be part of a name
+        parts = [value] if Path(value).expanduser().exists() else value.split(",")
+    parts = [part.strip() for part in parts if part.strip()]
+    return [part for part in parts if hub is None or part.startswith(HUB) is hub]
 
 
 def _dump_files(path: Path) -> list[Path]:

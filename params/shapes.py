@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from params.links import BASES
+from params.inputs import BASES
 from params.load import ParamsError
 from params.schema import ModelParams
 

@@ -8,8 +8,10 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from params.inputs import prepare
 from params.load import read
 from params.schema import Params
 from tasks.run import launch, tracking
@@ -49,6 +51,8 @@ def execute(stage: str, layout: Layout | None = None) -> StageResult:
     machine = params.machine
     with stage_lock(layout, stage) as lock:
         remove(layout.refusal(stage))
+        deps = {Path(dep) for dep in layout.stages().get(stage, {}).get("deps", [])}
+        prepare(params, layout.root, layout.home, deps, reads=stage != "register")
         scratch = layout.scratch(stage)
         try:
             if machine.launch_file and stage in launch.TRAINING:

@@ -1,4 +1,8 @@
+import hashlib
+import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from params.__main__ import PRESETS, main, presets
+from params.inputs import Recorded
 from params.load import read
 
 SAMPLE = read(PRESETS / "sample.yaml")
@@ -13,11 +18,9 @@ SAMPLE = read(PRESETS / "sample.yaml")
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
-    """A repository's folder, with the folders of links and their .gitignore."""
+    """A repository's folder as git makes it: without the folders of links."""
     root = tmp_path / "project"
-    for folder in ("data/raw", "data/base", "data/reward_base"):
-        (root / folder).mkdir(parents=True)
-        (root / folder / ".gitignore").write_text("*\n")
+    root.mkdir()
     (root / "dvc.yaml").write_text("stages: {}\n")
     monkeypatch.chdir(root)
     return root
@@ -43,9 +46,14 @@ def model(tmp_path) -> Path:
 
 
 def links(folder: str) -> dict[str, str]:
-    """Name -> target of what is in the folder; .gitignore is always there."""
-    assert (Path(folder) / ".gitignore").read_text() == "*\n"
+    """Name -> target of the links in the folder."""
     return {path.name: os.readlink(path) for path in Path(folder).iterdir() if path.is_symlink()}
+
+
+def typed_before() -> list[str]:
+    """The arguments of the command that params.yaml says it was written by."""
+    head = Path("params.yaml").read_text().splitlines()[0]
+    return shlex.split(head.partition("`")[2].rpartition("`")[0])[3:]
 
 
 def state() -> dict[str, str]:
@@ -125,6 +133,7 @@ def test_preference_data_and_names_on_the_hub(project, dumps):
 
 
 def test_earlier_links_go_and_own_files_stay(project, dumps, model):
+    (project / "data/raw").mkdir(parents=True)
     (project / "data/raw/mine.example.7z").write_text("mine")
     assert main(["use", "stack_exchange", f"data.source={dumps}", f"model.base={model}"]) == 0
     own = "data/raw/mine.example.7z,data/raw/art.example.7z"
@@ -133,7 +142,7 @@ def test_earlier_links_go_and_own_files_stay(project, dumps, model):
     assert os.readlink("data/raw/art.example.7z") == str(dumps / "art.example.7z")
     assert main(["check"]) == 0
     assert main(["use", "sample"]) == 0
-    assert [path.name for path in sorted(Path("data/raw").iterdir())] == [".gitignore", "mine.example.7z"]
+    assert [path.name for path in sorted(Path("data/raw").iterdir())] == ["mine.example.7z"]
     assert Path("data/raw/mine.example.7z").read_text() == "mine"
     assert links("data/base") == {}
 
@@ -209,33 +218,99 @@ def test_outside_of_a_repository(tmp_path, monkeypatch, capsys):
 
 
 def test_check_looks_at_the_files(project, dumps, model, capsys):
+    """What is recorded and not here is told; another file than the recorded one is refused."""
     assert main(["use", "stack_exchange", f"data.source={dumps}", f"model.base={model}"]) == 0
     (dumps / "art.example.7z").unlink()
-    assert main(["check"]) == 1
-    assert "data.source: data/raw/art.example.7z is missing or leads nowhere" in capsys.readouterr().err
-    (dumps / "art.example.7z").write_text("back")
     (model / "model.safetensors").unlink()
+    capsys.readouterr()
+    assert main(["check"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(
+        "params.yaml: ok; data.source: data/raw/art.example.7z is not on this machine (recorded: "
+    )
+    assert (
+        "; model.base: data/base/model.safetensors is not on this machine" in told and told.count("\n") == 1
+    )
+    (dumps / "art.example.7z").write_text("another")
+    (model / "model.safetensors").write_text("model.safetensors")
     assert main(["check"]) == 1
-    assert "model.base: data/base has no weights" in capsys.readouterr().err
-    (model / "model.safetensors").write_text("back")
-    assert main(["use", "sample", f"reward.base={model}"]) == 0
-    (model / "model.safetensors").unlink()
-    assert main(["check"]) == 1
-    assert "reward.base: data/reward_base has no weights" in capsys.readouterr().err
+    another = "data.source: data/raw/art.example.7z is not the file that data/raw.json records"
+    assert another in capsys.readouterr().err
+    assert main(["record"]) == 0
+    assert capsys.readouterr().out == "data/raw.json: written\n"
+    assert (main(["check"]), capsys.readouterr().out) == (0, "params.yaml: ok\n")
+    assert (main(["record"]), capsys.readouterr().out) == (0, "every file is as recorded\n")
 
 
-@pytest.mark.parametrize("call", ["os.fsync", "os.replace"])
-def test_params_yaml_is_replaced_whole(project, monkeypatch, call):
+def test_every_file_is_recorded_as_dvc_would(project, dumps, model):
+    assert main(["use", "stack_exchange", f"data.source={dumps}", f"reward.base={model}"]) == 0
+    for folder, files in (("raw", 4), ("reward_base", 3), ("base", 0)):
+        record = json.loads(Path(f"data/{folder}.json").read_text())
+        assert len(record) == files
+        for name, found in record.items():
+            content = Path("data", folder, name).read_bytes()
+            assert found == {"md5": hashlib.md5(content).hexdigest(), "size": len(content)}
     assert main(["use", "sample"]) == 0
-    before = Path("params.yaml").read_text()
+    assert [Path(f"data/{name}.json").read_text() for name in ("raw", "base", "reward_base")] == ["{}\n"] * 3
 
-    def fail(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(call, fail)
-    assert main(["use", "sample", "seed=1"]) == 1
-    assert Path("params.yaml").read_text() == before
-    assert sorted(path.name for path in project.iterdir()) == ["data", "dvc.yaml", "params.yaml"]
+def test_a_clone_without_the_files_keeps_what_is_recorded(project, dumps, model, capsys):
+    """The line at the top of params.yaml can be typed there, with other numbers; the files may come later."""
+    assert main(["use", "stack_exchange", f"data.source={dumps}", f"model.base={model}"]) == 0
+    records = {name: Path(f"data/{name}.json").read_text() for name in ("raw", "base")}
+    typed = typed_before()
+    for folder in ("raw", "base"):
+        shutil.rmtree(f"data/{folder}")
+    assert main([*typed, "ppo.updates=7"]) == 0
+    assert read().ppo.updates == 7
+    assert {name: Path(f"data/{name}.json").read_text() for name in ("raw", "base")} == records
+    assert main(["use", "stack_exchange", "data.source=art.example.7z"]) == 0
+    assert list(json.loads(Path("data/raw.json").read_text())) == ["art.example.7z"]
+    assert main(["use", "stack_exchange", f"data.source={dumps / 'art.example.7z'}"]) == 0
+    assert links("data/raw") == {"art.example.7z": str(dumps / "art.example.7z")}
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "name"),
+    [
+        ("a,b.7z", "{folder}/a,b.7z", "a,b.7z"),
+        ("a, b.7z", "[ '{folder}/a, b.7z', {folder}/art.example.7z ]", "a, b.7z"),
+        ("a b.Posts.xml", "{folder}/a b.Posts.xml", "a b.Posts.xml"),
+        ("größe-日本.jsonl", "{folder}/größe-日本.jsonl,{folder}/art.example.7z", "größe-日本.jsonl"),
+        ("caf\udce9.7z", "{folder}/caf\udce9.7z", "caf%E9.7z"),
+        ("caf\udce9.7z", "{folder}", "caf%E9.7z"),
+        ("[a].7z", "{folder}/[a].7z", "[a].7z"),
+        ("'q\"$(x)#: .7z", "{folder}/'q\"$(x)#: .7z", "'q\"$(x)#: .7z"),
+    ],
+)
+def test_names_of_any_kind(project, dumps, file, value, name):
+    """Commas, blanks, other alphabets, bytes that are no text: linked by a name that YAML and git carry."""
+    (dumps / file).write_text("a dump")
+    assert main(["use", "stack_exchange", f"data.source={value.format(folder=dumps)}"]) == 0
+    assert name in read().data.source and os.path.samefile(Path("data/raw", name), dumps / file)
+    assert main(["check"]) == 0
+    typed = typed_before()
+    before = state()
+    assert (main(typed), state()) == (0, before)
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "os.replace", "os.symlink"])
+def test_nothing_changes_when_the_disk_is_full(project, dumps, monkeypatch, call):
+    assert main(["use", "stack_exchange", f"data.source={dumps / 'art.example.7z'}"]) == 0
+    before = state()
+    real = getattr(os, call.partition(".")[2])
+    calls = []
+
+    def fail_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(call, fail_once)
+    monkeypatch.setattr("params.inputs.measure", lambda path, home: Recorded("0" * 32, path.stat().st_size))
+    assert main(["use", "stack_exchange", f"data.source={dumps}", "seed=1"]) == 1
+    assert calls and state() == before
 
 
 def test_as_a_command(project):
