@@ -194,7 +194,7 @@ def _shown(given: dict[str, Any]) -> list[str]:
 
 
 def _list(names: list[str]) -> str:
-    """Names as `data.source=` takes them: with commas between, or as a YAML list where a name would be misread."""
+    """Names as `data.source=` takes them: with commas between, or as a YAML list where need be."""
     if any("," in name or name.startswith("[") for name in names):
         return yaml.safe_dump(names, default_flow_style=True, allow_unicode=True, width=10**6).strip()
     return ",".join(names)

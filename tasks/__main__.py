@@ -99,8 +99,10 @@ def reason(error: Exception) -> str | None:
 
 
 def hint(stage: str) -> str:
-    """How to get the earlier result back: DVC removes outs before it runs a stage."""
-    is_lost = "DVC_STAGE" in os.environ and stage in Layout.here().locked()
+    """How to get the earlier result back, where DVC has removed outs before it ran the stage."""
+    layout = Layout.here()
+    outs = layout.locked().get(stage, {}).get("outs", [])
+    is_lost = "DVC_STAGE" in os.environ and not all((layout.root / out["path"]).exists() for out in outs)
     return f" (`dvc checkout {stage}` brings the earlier result back)" if is_lost else ""
 
 

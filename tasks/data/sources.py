@@ -85,7 +85,7 @@ def find_sources(names: tuple[str, ...], folder: Path) -> list[Source]:
         if path.suffix not in SUFFIXES:
             raise DumpError(f"data.source: {name!r} is of no known type ({', '.join(SUFFIXES)})")
         if not path.is_file():
-            raise DumpError(f"data.source: {path} is missing; `python -m params use` links files there")
+            raise DumpError(f"data.source: {path} is missing; `python -m params use` links and records it")
         site = site_of(path)
         if LINKS.search(name):
             links[site] = path
