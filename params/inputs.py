@@ -150,11 +150,15 @@ def base_of(params: Params, folder: Path) -> str:
 
 
 def names_read(params: Params, folder: Path, record: Record) -> list[str]:
-    """The files of `folder` that the run reads; ParamsError for a base model of which none is recorded."""
+    """The files of `folder` that the run reads; ParamsError for a base model here that is not recorded."""
     if folder == RAW:
         source = params.data.source
         return [] if source == "sample" else [name for name in source if not name.startswith(HUB)]
-    if base_of(params, folder) != str(folder):
+    base = base_of(params, folder)
+    if base != str(folder):
+        if Path(base).is_dir() and base:
+            use = f"`python -m params use … {KEYS[folder]}={base}` adds it"
+            raise ParamsError(f"{KEYS[folder]}: {base} is a folder that no record knows; {use}")
         return []
     if not record:
         words = f"{record_path(folder)} records no files; `python -m params record` adds those in {folder}"

@@ -206,11 +206,15 @@ def test_the_last_blocks_are_the_decoders(name):
     last = len(blocks_of(model)) - 1
     learns = {n for n, p in model.named_parameters() if p.requires_grad}
     own = {n for n in learns if f"decoder.block.{last}." in n or f"decoder.layers.{last}." in n}
-    assert own and learns - own == {
-        "t5": {"decoder.final_layer_norm.weight"},
-        "t5 v1.1": {"decoder.final_layer_norm.weight", "lm_head.weight"},
-        "bart": set(),
-    }[name]
+    assert (
+        own
+        and learns - own
+        == {
+            "t5": {"decoder.final_layer_norm.weight"},
+            "t5 v1.1": {"decoder.final_layer_norm.weight", "lm_head.weight"},
+            "bart": set(),
+        }[name]
+    )
 
 
 @pytest.mark.parametrize("name", ["t5", "t5 v1.1", "bart"])

@@ -75,10 +75,15 @@ def test_another_file_than_the_recorded_one_stops_every_stage(root, folder, read
             {"data": {"source": ["mine.7z"]}},
             r"data/raw/mine\.7z is not recorded in data/raw\.json; `python -m",
         ),
+        (
+            {"model": {"base": "{root}/data"}},
+            r"model\.base: .*/data is a folder that no record knows; `python -m",
+        ),
         ({"reward": {"base": "data/reward_base"}}, r"reward\.base: data/reward_base\.json records no files"),
     ],
 )
 def test_what_is_not_recorded(root, sections, message):
+    sections = json.loads(json.dumps(sections).replace("{root}", str(root)))
     (root / RAW / "mine.7z").write_text("mine")
     with pytest.raises(ParamsError, match=message):
         prepare(run_of(**sections), root, root, ALL, reads=True)

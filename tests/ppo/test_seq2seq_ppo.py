@@ -42,9 +42,7 @@ def read(model, prompts, responses, temperature):
     """Log-probabilities and values [B, R] by one padded forward, and which are tokens."""
     rows = [[torch.tensor(r, dtype=torch.long) for r in each] for each in (prompts, responses)]
     source, target = (pad_sequence(each, batch_first=True, padding_value=tiny.PAD) for each in rows)
-    seen, mask = (
-        pad_sequence([torch.ones_like(r) for r in each], batch_first=True).bool() for each in rows
-    )
+    seen, mask = (pad_sequence([torch.ones_like(r) for r in each], batch_first=True).bool() for each in rows)
     start = torch.full_like(target[:, :1], model.config.decoder_start_token_id)
     out = model.pretrained_model(
         input_ids=source, attention_mask=seen.long(), output_hidden_states=True,
