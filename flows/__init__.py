@@ -3,4 +3,6 @@
 import os
 
 os.environ.setdefault("DO_NOT_TRACK", "true")
+# an embedded server that is started for the first time on a loaded machine takes half a minute and more
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")

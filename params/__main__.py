@@ -147,4 +147,6 @@ def _replace(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
+        stream.reconfigure(errors="backslashreplace")  # a terminal that has no "…"
     sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,8 @@ from params.schema import Params
 from tasks import __main__ as main
 from tasks.run.files import staged
 from tasks.run.layout import Layout, Refusal, StageResult
-from tasks.run.lifetime import Stopped, stage_lock
+from tasks.run.lifetime import Stopped
+from tasks.run.locks import stage_lock
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -23,7 +23,7 @@ def git_tags(root: Path) -> dict[str, str]:
     try:
         commit = git("rev-parse", "HEAD")
         changes = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!artifacts")
-    except FileNotFoundError:  # no git here
+    except OSError:  # no git here
         commit = changes = None
     if commit is None:
         return {}
