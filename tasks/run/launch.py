@@ -100,7 +100,7 @@ def launch(stage: str, file: Path, processes: int, layout: Layout, locks: Sequen
         file: of params/accelerate.
         processes: how many; 0: as many as the file says.
         layout: where the stage stands.
-        locks: file descriptors of the stage's locks, held until the launcher has ended, however this one does.
+        locks: file descriptors of the stage's locks, held until the launcher has ended however this one does.
 
     Raises:
         ValueError: what a rank said to the user, or a failed launch.
