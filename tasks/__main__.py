@@ -105,8 +105,9 @@ def reason(error: Exception) -> str | None:
 def hint(stage: str, error: Exception) -> str:
     """How to get the earlier result back: DVC removes outs before it runs a stage."""
     try:
-        may_be = "DVC_STAGE" in os.environ and not isinstance(error, Busy)
-        is_lost = may_be and stage in Layout.here().locked()
+        layout = Layout.here()  # what another process runs or DVC will remove is nothing to bring back
+        may_be = "DVC_STAGE" in os.environ and layout.root == layout.home and not isinstance(error, Busy)
+        is_lost = may_be and stage in layout.locked()
     except (ValueError, OSError):  # the line is about dvc.lock itself, or there are worse things
         is_lost = False
     return f" (`dvc checkout {stage}` brings the earlier result back)" if is_lost else ""
