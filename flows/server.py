@@ -36,6 +36,8 @@ def in_one_line(error: Exception) -> str:
             f"Prefect's embedded server did not start in {os.environ[TIMEOUT]} s ({TIMEOUT}); start one "
             "(`prefect server start`) and name it in PREFECT_API_URL, or use `dvc repro`, which needs none"
         )
+    if isinstance(error, OSError):  # ours, or one that says it all
+        return one_line(error)
     return f"{one_line(error)} (STACKRL_TRACEBACK=1 shows the rest)"
 
 

@@ -127,8 +127,9 @@ def judge(order: Order, ended: process.Ended) -> State:
 
 
 def complaint(stage: str, ended: process.Ended) -> str:
-    """The line that says why: the stage's own closing line, else the last before dvc's."""
+    """The line that says why: the stage's own closing line, else dvc's reason, else the last before dvc's."""
     own = f"stackrl: {stage}: "
     said = [line.removeprefix(own) for line in ended.lines if line.startswith(own)]
     others = [line for line in ended.lines if not (line.startswith(OF_DVC) and "exited with" in line)]
-    return (said or others or [f"dvc ended with status {ended.status}"])[-1]
+    reasons = [line.removeprefix("ERROR: ") for line in others if line.startswith("ERROR: ")]
+    return (said or reasons or others or [f"dvc ended with status {ended.status}"])[-1]

@@ -13,12 +13,11 @@ from typing import Any
 
 from params.load import read
 from params.schema import Params
-from tasks.run import launch, tracking
+from tasks.run import launch, streams, tracking, user
 from tasks.run.files import remove, write_json
 from tasks.run.layout import STAGES, Layout, Refusal, StageResult
 from tasks.run.lifetime import Stopped, stop_on_signals, tie_to_parent
 from tasks.run.locks import Busy, scratch_lock, stage_lock
-from tasks.run.streams import settle
 
 NO_TELEMETRY = {
     "DO_NOT_TRACK": "true",
@@ -160,5 +159,6 @@ def leave(status: int) -> None:
 
 
 if __name__ == "__main__":
-    settle()
+    streams.settle()
+    user.settle()
     leave(main())

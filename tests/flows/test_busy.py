@@ -154,5 +154,6 @@ def test_what_will_fail_again_is_said_in_our_words_and_not_retried(order, line, 
 
 
 def test_dvcs_own_reason_is_shown(order):
-    lines = ("ERROR: failed to reproduce 'sft': Unable to read RWLock-file. JSON structure is corrupted",)
+    reason = "ERROR: failed to reproduce 'sft': Unable to read RWLock-file. JSON structure is corrupted"
+    lines = (reason, "Having any troubles? Hit us up at https://dvc.org/support, happy to help!")
     assert "RWLock-file" in steps.judge(order, Ended(255, lines, False)).message
