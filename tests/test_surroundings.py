@@ -26,7 +26,8 @@ def run(params, layout):
         file.write(b"x")
     if "IMPORTS" in os.environ:
         from transformers import AutoModelForCausalLM  # looks for a home
-    plot(layout.kept("reports", "sft", "loss.png"), Curve(("loss",), [{"step": 1, "loss": 1.0}]), ["loss"], "…")
+    curve = Curve(("loss",), [{"step": 1, "loss": 1.0}])
+    plot(layout.kept("reports", "sft", "loss.png"), curve, ["loss"], "…")
     with staged(layout.artifact("sft", "model")) as path:
         path.mkdir()
         (path / "config.json").write_text("{}")
