@@ -55,6 +55,7 @@ def test_a_refusal_is_never_retried(served, server):
     served.behave("pack", "refuse accuracy 0.61 is below 0.8")
     done = served.run("flows.rlhf", "--target", "sft")
     assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
     assert done.stderr.splitlines()[-1] == "stackrl: rlhf: pack: accuracy 0.61 is below 0.8"
     server.expect(last_run(server)["id"], data="Ran", pack="Refused", sft="NotReady")
     assert served.attempts("pack") == 1

@@ -360,7 +360,8 @@ def test_runs_of_two_experiments_are_told_apart(layout, monkeypatch, tmp_path):
 def test_first_users_at_once_make_one_store(tmp_path, monkeypatch):
     """Two experiments of a queue start at the same moment, where nothing was run before."""
     code = (
-        "from tasks.run import layout, tracking; here = layout.Layout.here(); import mlflow; input();"
+        "from tasks.run import layout, tracking; here = layout.Layout.here();"
+        "import mlflow.store.tracking.sqlalchemy_store; print('ready', flush=True); input();"
         "print(tracking.experiment(tracking.connect(here), here))"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_"))}
@@ -371,6 +372,10 @@ def test_first_users_at_once_make_one_store(tmp_path, monkeypatch):
         )
         for _ in range(3)
     ]  # fmt: skip
-    found = [process.communicate("\n") for process in started]
+    assert [process.stdout.readline() for process in started] == ["ready\n"] * 3
+    for process in started:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    found = [process.communicate() for process in started]
     assert [out for out, _ in found] == ["1\n"] * 3, found
     assert not list(tmp_path.glob("*.lock"))
