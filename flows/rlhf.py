@@ -1,6 +1,7 @@
 """The story in eight calls: `python -m flows.rlhf [--preset P] [--target STAGE] [--force] [key=value …]`."""
 
 import argparse
+import os
 import sys
 
 from prefect import flow
@@ -8,8 +9,10 @@ from prefect.client.schemas.objects import State
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import ValidationError
 
+from flows import server
 from flows.road import Options, Road
 from tasks.run.layout import STAGES
+from tasks.run.streams import settle
 
 AS_IT_STANDS = Options()  # params.yaml unchanged, all stages
 
@@ -42,13 +45,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stackrl: rlhf: {error.errors()[0]['msg']}", file=sys.stderr)
         return 1
     try:
+        server.check()
         state = rlhf(options, return_state=True)
     except KeyboardInterrupt:  # after a SIGTERM Prefect ends the process by the same signal
         print("stackrl: rlhf: stopped; run it again to go on", file=sys.stderr)
         return 130
+    except Exception as error:  # Prefect's own: what a stage or the road meets is in the state
+        if os.environ.get("STACKRL_TRACEBACK"):
+            raise
+        print(f"stackrl: rlhf: {server.in_one_line(error)}", file=sys.stderr)
+        return 1
+    finally:
+        server.be_quiet()
     print(f"stackrl: rlhf: {state.message}", file=sys.stdout if state.is_completed() else sys.stderr)
     return 0 if state.is_completed() else 1
 
 
 if __name__ == "__main__":
+    settle()
     sys.exit(main())

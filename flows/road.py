@@ -7,6 +7,7 @@ import contextvars
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Literal, Self
 from uuid import UUID
@@ -15,7 +16,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
-from prefect.logging import get_logger
+from prefect.logging import get_logger, get_run_logger
 from prefect.states import Cancelled, Completed, Failed
 from pydantic import BaseModel, Field, model_validator
 
@@ -23,6 +24,7 @@ from flows import graph, process
 from flows.steps import Order, run_stage
 from tasks.run import tracking
 from tasks.run.layout import STAGES, Layout
+from tasks.run.locks import held
 
 SECONDS_BETWEEN_LOOKS = 1.0  # at the server, for a wish to cancel
 RETRY_DELAY_SECONDS = 5
@@ -56,20 +58,27 @@ class Road:
         self.futures: dict[str, PrefectFuture] = {}
         self.verdict: State = Completed(message="nothing to do")
         self.parent, self.is_cancelled, self.is_over = "", False, threading.Event()
+        self.alone = ExitStack()  # holds the lock of this folder: a flow may rewrite params.yaml
 
     def __enter__(self) -> Self:
         process.start_anew()
         try:
+            place = self.layout.root / "scratch" / "flow.lock"
+            self.alone.enter_context(held(place, self._say_that_it_waits))
             self._set_out()
         except (ValueError, OSError) as error:
             self.verdict = Failed(message=" ".join(str(error).split()))
         return self
+
+    def _say_that_it_waits(self, holder: str) -> None:
+        get_run_logger().info("waits for process %s, a flow in this folder", holder)
 
     def _set_out(self) -> None:
         """Write params.yaml if asked to, read the graph, open the parent run; one line if it cannot be."""
         if self.options.preset:
             use_preset(self.layout, self.options.preset, self.options.overrides)
         self.stages = self.layout.stages()
+        self.layout.locked()  # for its ValueError, before anything runs
         tracking.preflight()
         run = FlowRunContext.get().flow_run
         self.parent = tracking.parent_run("rlhf", {"prefect.flow_run_id": str(run.id)})
@@ -104,6 +113,7 @@ class Road:
             if status == "KILLED":
                 process.stop_all()
             self._end_parent("KILLED" if self.is_cancelled else status)
+            self.alone.close()
 
     def _wait(self) -> None:
         for future in self.futures.values():

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,17 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import Task
 
-from flows import process, report
+from flows import busy, process, report
 from tasks import register
 from tasks.run import tracking
 from tasks.run.layout import Layout, read_yaml
+from tasks.run.locks import is_dvc
 
-DVC_ADVICE = ("To track the changes", "git add", "To enable auto staging", "dvc config", "Use `dvc push`")
+OF_DVC = "ERROR: failed to reproduce"
+DVC_ADVICE = (  # for a person who called dvc; the last is about a lock that is held
+    *("To track the changes", "git add", "To enable auto staging", "dvc config", "Use `dvc push`"),
+    "If there are no processes with such PIDs",
+)
 REFUSED = "Refused"  # name of the state of a stage that declined to run; trying again cannot help
 
 
@@ -52,13 +58,34 @@ def run_stage(order: Order) -> State:
     if process.STOPPING.is_set():
         return Cancelled(message="the flow was ended before it")
     order.layout.refusal(order.stage).unlink(missing_ok=True)
-    logger = get_run_logger()
-    show = lambda line: None if line.lstrip().startswith(DVC_ADVICE) else logger.info(line)  # noqa: E731
-    ended = process.follow(command(order), order.layout.root, environment(order), show, order.seconds)
-    state = judge(order, ended)
+    state = judge(order, attempt(order, get_run_logger().info))
     if state.is_completed():
         report.publish(order.layout, order.stage, state.name, order.parent)
     return state
+
+
+def attempt(order: Order, say: Callable[[str], None]) -> process.Ended:
+    """Call dvc, and again where another dvc was at work on these files, as soon as that has ended.
+
+    Args:
+        order: what to run.
+        say: takes each line: dvc's and the stage's, what was mended before, and whom it waits for.
+    """
+    root = order.layout.root
+    show = lambda line: None if line.lstrip().startswith(DVC_ADVICE) else say(line)  # noqa: E731
+    was_gone = False
+    while True:
+        if mended := busy.mend(root):
+            say(f"stackrl: {mended}")
+        ended = process.follow(command(order), root, environment(order), show, order.seconds)
+        others = busy.blockers(ended.lines) if ended.status else []
+        is_gone = not any(map(is_dvc, others))  # has just ended, or left its entry: one more attempt
+        if not others or (is_gone and was_gone) or process.STOPPING.is_set():
+            return ended
+        if not is_gone:
+            say(f"stackrl: {order.stage}: waits for {busy.names(others)}, which works in this folder")
+            busy.wait_for(others)
+        was_gone = is_gone
 
 
 def command(order: Order) -> list[str]:
@@ -94,12 +121,15 @@ def judge(order: Order, ended: process.Ended) -> State:
     refusal = order.layout.refusal(order.stage)
     if refusal.exists():
         return Failed(name=REFUSED, message=json.loads(refusal.read_text(encoding="utf-8"))["reason"])
+    if hopeless := busy.in_our_words(ended.lines):
+        return Failed(name=REFUSED, message=hopeless)
     return Failed(message=complaint(order.stage, ended))
 
 
 def complaint(stage: str, ended: process.Ended) -> str:
-    """The line that says why: the stage's own closing line, else the last before dvc's."""
+    """The line that says why: the stage's own closing line, else dvc's reason, else the last before dvc's."""
     own = f"stackrl: {stage}: "
     said = [line.removeprefix(own) for line in ended.lines if line.startswith(own)]
-    others = [line for line in ended.lines if not line.startswith("ERROR: failed to reproduce")]
-    return (said or others or [f"dvc ended with status {ended.status}"])[-1]
+    others = [line for line in ended.lines if not (line.startswith(OF_DVC) and "exited with" in line)]
+    reasons = [line.removeprefix("ERROR: ") for line in others if line.startswith("ERROR: ")]
+    return (said or reasons or others or [f"dvc ended with status {ended.status}"])[-1]

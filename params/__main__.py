@@ -201,4 +201,6 @@ def _list(names: list[str]) -> str:
 
 
 if __name__ == "__main__":
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
+        stream.reconfigure(errors="backslashreplace")  # a terminal that has no "…"
     sys.exit(main(sys.argv[1:]))

@@ -8,16 +8,18 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from params.inputs import prepare
 from params.load import read
 from params.schema import Params
-from tasks.run import launch, tracking
+from tasks.run import launch, streams, tracking, user
 from tasks.run.files import remove, write_json
 from tasks.run.layout import STAGES, Layout, Refusal, StageResult
-from tasks.run.lifetime import Stopped, stage_lock, stop_on_signals, tie_to_parent
+from tasks.run.lifetime import Stopped, stop_on_signals, tie_to_parent
+from tasks.run.locks import Busy, scratch_lock, stage_lock
 
 NO_TELEMETRY = {
     "DO_NOT_TRACK": "true",
@@ -42,21 +44,22 @@ def execute(stage: str, layout: Layout | None = None) -> StageResult:
 
     Raises:
         ValueError: params.yaml is wrong, another process runs this stage, or its input does not do.
-        Refusal: the stage declined; scratch/<stage>/refusal.json says why.
+        Refusal: the stage declined; scratch/<stage>/refusal.json of the workspace says why.
     """
     layout = layout or Layout.here()
     params = read(layout.root / "params.yaml")
     if launch.is_rank():
         return run(stage, params, layout)
     machine = params.machine
-    with stage_lock(layout, stage) as lock:
+    wait = partial(_say_that_it_waits, stage)
+    with stage_lock(layout, stage) as own, scratch_lock(layout, stage, wait) as shared:
         remove(layout.refusal(stage))
         deps = {Path(dep) for dep in layout.stages().get(stage, {}).get("deps", [])}
         prepare(params, layout.root, layout.home, deps, reads=stage != "register")
         scratch = layout.scratch(stage)
         try:
             if machine.launch_file and stage in launch.TRAINING:
-                launch.launch(stage, machine.launch_file, machine.processes, layout, lock)
+                launch.launch(stage, machine.launch_file, machine.processes, layout, (own, shared))
                 metrics = json.loads(layout.artifact(stage, "metrics.json").read_text(encoding="utf-8"))
                 result = StageResult(metrics)
             else:
@@ -66,6 +69,10 @@ def execute(stage: str, layout: Layout | None = None) -> StageResult:
             raise
         remove(scratch)
     return result
+
+
+def _say_that_it_waits(stage: str, holder: str) -> None:
+    print(f"stackrl: {stage}: waits for process {holder}, which computes the same elsewhere", file=sys.stderr)
 
 
 def run(stage: str, params: Params, layout: Layout) -> StageResult:
@@ -98,11 +105,15 @@ def reason(error: Exception) -> str | None:
     return text if isinstance(error, ValueError | OSError) else None
 
 
-def hint(stage: str) -> str:
+def hint(stage: str, error: Exception) -> str:
     """How to get the earlier result back, where DVC has removed outs before it ran the stage."""
-    layout = Layout.here()
-    outs = layout.locked().get(stage, {}).get("outs", [])
-    is_lost = "DVC_STAGE" in os.environ and not all((layout.root / out["path"]).exists() for out in outs)
+    try:
+        layout = Layout.here()  # what another process runs or DVC will remove is nothing to bring back
+        may_be = "DVC_STAGE" in os.environ and layout.root == layout.home and not isinstance(error, Busy)
+        outs = layout.locked().get(stage, {}).get("outs", []) if may_be else []
+        is_lost = not all((layout.root / out["path"]).exists() for out in outs)
+    except (ValueError, OSError):  # the line is about dvc.lock itself, or there are worse things
+        is_lost = False
     return f" (`dvc checkout {stage}` brings the earlier result back)" if is_lost else ""
 
 
@@ -114,6 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in (NO_TELEMETRY | GENTLE).items():
         os.environ.setdefault(name, value)
     is_rank = launch.is_rank()
+    if not is_rank and (names := launch.leave_out_strangers()):
+        why = "set, but nothing was launched: left out (machine.launch asks for several processes)"
+        print(f"stackrl: {stage}: {', '.join(names)}: {why}", file=sys.stderr)
     try:
         with stop_on_signals():
             if is_rank:
@@ -132,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         if line is None or os.environ.get("STACKRL_TRACEBACK"):
             raise
-        print(f"stackrl: {stage}: {line}{hint(stage)}", file=sys.stderr)
+        print(f"stackrl: {stage}: {line}{hint(stage, error)}", file=sys.stderr)
         return 1
     if not is_rank:
         headline = [f"{name} {value:.5g}" for name, value in result.metrics.items()][:HEADLINE_METRICS]
@@ -150,4 +164,6 @@ def leave(status: int) -> None:
 
 
 if __name__ == "__main__":
+    streams.settle()
+    user.settle()
     leave(main())

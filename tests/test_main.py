@@ -18,7 +18,8 @@ from params.schema import Params
 from tasks import __main__ as main
 from tasks.run.files import staged
 from tasks.run.layout import Layout, Refusal, StageResult
-from tasks.run.lifetime import Stopped, stage_lock
+from tasks.run.lifetime import Stopped
+from tasks.run.locks import stage_lock
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -135,6 +136,43 @@ def test_under_dvc_the_way_back_is_named(root, stage, capsys, monkeypatch):
     (root / "dvc.lock").write_text("stages: {sft: {cmd: x}}")
     assert main.main(["sft"]) == 1
     assert capsys.readouterr().err.endswith("bad (`dvc checkout sft` brings the earlier result back)\n")
+
+
+def test_no_way_back_is_named_where_there_is_none(root, stage, capsys, monkeypatch, tmp_path_factory):
+    """Another process does it, DVC will remove the workspace, or dvc.lock itself is the matter."""
+    monkeypatch.setenv("DVC_STAGE", "sft")
+    (root / "dvc.lock").write_text("stages: {sft: {cmd: x}}")
+    stage(fails(ValueError("bad")))
+    with stage_lock(Layout(root, root), "sft"):
+        assert main.main(["sft"]) == 1
+    line = capsys.readouterr().err
+    assert f"running already, in process {os.getpid()} (" in line and line.count("\n") == 1
+    assert "checkout" not in line
+    (root / "dvc.lock").write_text("")
+    assert main.main(["sft"]) == 1
+    assert "dvc.lock is damaged" in capsys.readouterr().err
+    (root / "dvc.lock").write_text("stages: {sft: {cmd: x}}")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("home")))
+    assert main.main(["sft"]) == 1
+    assert capsys.readouterr().err == "stackrl: sft: bad\n"
+
+
+def test_another_programs_launch_is_left_out_and_said(root, stage, capsys, monkeypatch):
+    """As SLURM's scripts or an earlier `accelerate launch` leave it: it is no launch of this stage."""
+    found = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "ACCELERATE_MIXED_PRECISION": "fp16"}
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+
+    def run(params, layout):
+        assert not found.keys() & os.environ.keys()
+        return StageResult({})
+
+    stage(run)
+    assert main.main(["sft"]) == 0
+    line = "ACCELERATE_MIXED_PRECISION, LOCAL_RANK, RANK, WORLD_SIZE: set, but nothing was launched"
+    assert capsys.readouterr().err.startswith(f"stackrl: sft: {line}")
+    assert json.loads((root / "artifacts/sft/metrics.json").read_text()) == {}
 
 
 def test_a_bug_shows_its_traceback(root, stage, monkeypatch):

@@ -91,7 +91,8 @@ def _prepare(
         _write(_routed(parts, homes), files, tally, expected, params.machine.threads)
         _refuse_empty_splits(tally)
         overlap = overlaps(base, files, crew)
-        assert not any(overlap.values()), f"questions that look alike stand in two splits: {overlap}"
+        if any(overlap.values()):  # no assert: with PYTHONOPTIMIZE it would not be asked
+            raise RuntimeError(f"questions that look alike stand in two splits: {overlap}")
         metrics = metrics_of(tally, SPLITS, shelf.rows, drops, overlap) | {"moved": float(homes.moved)}
         card = card_of(tally, SPLITS, metrics, params.data.min_answers)
         outs.enter_context(staged(layout.artifact("data", "card.md"))).write_text(card, encoding="utf-8")

@@ -134,8 +134,8 @@ def run(params: Params, layout: Layout) -> StageResult:
         trainer.save_pretrained(out)
     loop.curve.write(layout.artifact("ppo", "curve.csv"))
     pictures = ["score", "kl_nats", "entropy_nats", "value_loss"]
-    log_artifact(plot(layout.home / "reports/ppo/curve.png", loop.curve, pictures, "PPO"))
-    log_artifact(draw(layout.home / "reports/ppo/monitor.png", loop.looks.means(loop.curve)))
+    log_artifact(plot(layout.kept("reports", "ppo", "curve.png"), loop.curve, pictures, "PPO"))
+    log_artifact(draw(layout.kept("reports", "ppo", "monitor.png"), loop.looks.means(loop.curve)))
     found = loop.looks.findings.get(chosen, {})
     log_tag(MONITOR_TAG, "; ".join(found.values()) or "nothing found")
     rows = loop.curve.rows

@@ -113,7 +113,7 @@ def run(params: Params, layout: Layout) -> StageResult:
     curve.write(layout.artifact("reward", "curve.csv"))
     log_artifact(
         plot(
-            layout.home / "reports/reward/accuracy.png",
+            layout.kept("reports", "reward", "accuracy.png"),
             curve,
             ["accuracy"],
             "Reward accuracy on validation pairs",

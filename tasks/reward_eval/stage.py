@@ -73,7 +73,7 @@ def run(params: Params, layout: Layout) -> StageResult:
         path.write_text(render(card), encoding="utf-8")
     found = card["calibration"]
     title = f"Reliability on held-out pairs: Brier {found['brier']:.3f}, ECE {found['ece']:.3f}"
-    picture = draw_reliability(layout.home / PICTURE, found["bins"], title)
+    picture = draw_reliability(layout.kept(*PICTURE.split("/")), found["bins"], title)
     for path in (
         layout.artifact("reward_eval", "card.md"),
         layout.artifact("reward_eval", "card.json"),

@@ -32,6 +32,7 @@ def staged(final: Path, by_every_rank: bool = False) -> Iterator[Path]:
     _recover(final, new, old)
     try:
         yield new
+        _open_up(new)
         _sync_tree(new)
     except BaseException:
         remove(new)
@@ -67,6 +68,17 @@ def _recover(final: Path, new: Path, old: Path) -> None:
     if os.path.lexists(old) and not os.path.lexists(final):
         os.rename(old, final)
     remove(old)
+
+
+def _open_up(path: Path) -> None:
+    """Let others read what the umask lets them: safetensors writes by way of a file of mode 0600."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for entry in (path, *path.rglob("*")):
+        if not entry.is_symlink():
+            wanted = (0o777 if entry.is_dir() else 0o666) & ~umask
+            if (mode := entry.stat().st_mode) | wanted != mode:
+                entry.chmod(mode | wanted)
 
 
 def _sync_tree(path: Path) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,13 @@ FOLDER_VARIABLE = "STACKRL_LAUNCH"  # where ranks leave word; set: this process 
 LAUNCHER_VARIABLE = "STACKRL_LAUNCHER"  # the process that waits for them
 TRAINING = ("sft", "reward", "ppo")  # the other stages run alone, whatever machine.launch says
 SHARDED = ("FSDP", "DEEPSPEED")  # accelerate's distributed types that leave no process whole weights
+OF_A_LAUNCH = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    *("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+    "MV2_COMM_WORLD_LOCAL_RANK",
+)
+OF_ACCELERATE = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_")
 SECONDS_BETWEEN_LOOKS = 0.05
 LINES_SHOWN = 20
 
@@ -53,8 +61,23 @@ class LastWord:
 
 
 def is_rank() -> bool:
-    """Whether this process was started by a launcher, ours or `torchrun`."""
-    return FOLDER_VARIABLE in os.environ or "RANK" in os.environ
+    """Whether this process was started by a launcher, ours or `torchrun`.
+
+    A RANK alone says nothing: schedulers set it for every job. Nor does dvc start ranks.
+    """
+    is_torchrun = {"RANK", "TORCHELASTIC_RUN_ID"} <= os.environ.keys() and "DVC_STAGE" not in os.environ
+    return FOLDER_VARIABLE in os.environ or is_torchrun
+
+
+def leave_out_strangers() -> list[str]:
+    """Take what another program's launch left out of the environment; its names.
+
+    torch, transformers and accelerate would wait for processes that are not there, or compute otherwise.
+    """
+    found = sorted(name for name in os.environ if name in OF_A_LAUNCH or name.startswith(OF_ACCELERATE))
+    for name in found:
+        del os.environ[name]
+    return found
 
 
 def check_serves(stage: str, file: Path) -> None:
@@ -67,7 +90,7 @@ def check_serves(stage: str, file: Path) -> None:
         )
 
 
-def launch(stage: str, file: Path, processes: int, layout: Layout, lock: int | None = None) -> None:
+def launch(stage: str, file: Path, processes: int, layout: Layout, locks: Sequence[int] = ()) -> None:
     """Run `stage` in the processes that `file` describes, and wait for their end.
 
     SIGINT and SIGTERM are handed on; no rank outlives this process.
@@ -77,7 +100,7 @@ def launch(stage: str, file: Path, processes: int, layout: Layout, lock: int | N
         file: of params/accelerate.
         processes: how many; 0: as many as the file says.
         layout: where the stage stands.
-        lock: file descriptor of the stage's lock, kept until the launcher has ended, however this one ends.
+        locks: file descriptors of the stage's locks, held until the launcher has ended however this one does.
 
     Raises:
         ValueError: what a rank said to the user, or a failed launch.
@@ -85,7 +108,7 @@ def launch(stage: str, file: Path, processes: int, layout: Layout, lock: int | N
         Stopped: a rank was told to stop by somebody else.
     """
     check_serves(stage, file)
-    folder = layout.home / "scratch" / f"{stage}.launch"
+    folder = layout.kept("scratch", f"{stage}.launch")
     remove(folder)
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
@@ -100,7 +123,7 @@ def launch(stage: str, file: Path, processes: int, layout: Layout, lock: int | N
             stderr=log,
             start_new_session=True,
             preexec_fn=die_with_parent,
-            pass_fds=() if lock is None else (lock,),
+            pass_fds=tuple(locks),
         )
         status = _wait(process, folder)
     if status:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,8 @@ from typing import Any
 import yaml
 
 STAGES = ("data", "pack", "sft", "reward", "reward_eval", "ppo", "policy_eval", "register")
+EXPERIMENT_VARIABLE = "DVC_EXP_NAME"  # DVC sets it, and DVC_ROOT, for the stages of an experiment
+TRIES_OF_LOCK, SECONDS_BETWEEN_TRIES = 5, 0.1
 NO_CONTENT = ("__pycache__", ".gitignore")  # neither says anything about what a stage computes
 
 
@@ -38,8 +41,9 @@ class Layout:
 
     Attributes:
         root: absolute working directory: params.yaml, dvc.yaml, dvc.lock, data/, artifacts/.
-        home: absolute folder shared by all workspaces: scratch/, mlflow.db, mlartifacts/, reports/. The same
-            as `root`, except in `dvc exp run --temp`, whose working directory is a copy.
+        home: absolute folder that outlives a workspace and is shared by all: mlflow.db, mlartifacts/,
+            scratch/ by fingerprint, reports/. The same as `root`, except in `dvc exp run --temp` and in DVC's
+            queue, whose working directory is a copy that DVC removes.
     """
 
     root: Path
@@ -51,6 +55,20 @@ class Layout:
         root = Path.cwd()
         return cls(root, Path(os.environ.get("DVC_ROOT") or root).resolve())
 
+    @property
+    def workspace(self) -> str:
+        """A name for `root` beside others, without its place: ``gouty-toga-1f0c3a9b``.
+
+        It begins with the name of DVC's experiment, or else of the folder.
+        """
+        name = os.environ.get(EXPERIMENT_VARIABLE) if self.root != self.home else None
+        return f"{name or self.root.name}-{hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]}"
+
+    def kept(self, folder: str, *parts: str) -> Path:
+        """A place under `folder` (scratch, reports) of home that is this workspace's own and outlives it."""
+        own = () if self.root == self.home else ("workspaces", self.workspace)
+        return self.home.joinpath(folder, *own, *parts)
+
     def artifact(self, stage: str, *parts: str) -> Path:
         """A place among the outs of `stage`, under artifacts/<stage>."""
         return self.root.joinpath("artifacts", stage, *parts)
@@ -60,9 +78,21 @@ class Layout:
         return read_yaml(self.root / "dvc.yaml").get("stages", {})
 
     def locked(self) -> dict[str, dict[str, Any]]:
-        """The stages that dvc.lock knows, with md5s; empty where there is no dvc.lock."""
+        """The stages that dvc.lock knows, with md5s; empty where there is no dvc.lock.
+
+        Raises:
+            ValueError: dvc.lock cannot be read, and stays so: a dvc that is writing it empties it first.
+        """
         path = self.root / "dvc.lock"
-        return read_yaml(path).get("stages", {}) if path.exists() else {}
+        for is_last in (False,) * TRIES_OF_LOCK + (True,):
+            try:
+                return _stages(path) if path.exists() else {}
+            except ValueError as error:
+                if is_last:
+                    line = f"{path} is damaged: {error}; `git checkout dvc.lock` mends it"
+                    raise ValueError(line) from None
+                time.sleep(SECONDS_BETWEEN_TRIES)
+        return {}
 
     def tracked(self, stage: str) -> list[str]:
         """The sections and dotted parameters that `stage` depends on; ValueError for an unknown stage."""
@@ -101,8 +131,8 @@ class Layout:
         return folder
 
     def refusal(self, stage: str) -> Path:
-        """Where `stage` says why it declined to run: {"stage", "reason"}."""
-        return self.home / "scratch" / stage / "refusal.json"
+        """Where `stage` of this workspace says why it declined to run: {"stage", "reason"}."""
+        return self.root / "scratch" / stage / "refusal.json"
 
     def _locked_outs(self) -> dict[str, str]:
         """Path -> md5 of every out that dvc.lock knows."""
@@ -148,6 +178,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _stages(lock: Path) -> dict[str, dict[str, Any]]:
+    """`stages` of dvc.lock; ValueError where it is none."""
+    try:
+        found = yaml.safe_load(lock.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if not found:
+        raise ValueError("it is empty")
+    stages = found.get("stages", {}) if isinstance(found, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise ValueError("it names no stages")
+    return stages
 
 
 def _value(values: dict[str, Any], dotted: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import signal
 import sys
@@ -13,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-
-from tasks.run.layout import Layout
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -42,10 +39,10 @@ def tie_to_parent() -> None:
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent or (parent == 1 and not _runs(1, b"dvc", b"python", b"python3")):
+    if os.getppid() != parent or (parent == 1 and not runs(1, b"dvc", b"python", b"python3")):
         os.kill(os.getpid(), signal.SIGTERM)  # it ended before we could ask for that
-    above = _parent_of(parent)
-    if not _runs(parent, b"dvc") and _runs(above, b"dvc"):
+    above = parent_of(parent)
+    if not runs(parent, b"dvc") and runs(above, b"dvc"):
         threading.Thread(target=_end_with, args=(above,), daemon=True).start()
 
 
@@ -94,12 +91,12 @@ def as_worker() -> None:
 
 
 def _end_with(dvc: int) -> None:
-    while _runs(dvc, b"dvc"):
+    while runs(dvc, b"dvc"):
         time.sleep(SECONDS_BETWEEN_LOOKS)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _parent_of(pid: int) -> int:
+def parent_of(pid: int) -> int:
     """The parent of a process; 0 where it has none or is gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -107,7 +104,7 @@ def _parent_of(pid: int) -> int:
         return 0
 
 
-def _runs(pid: int, *programs: bytes) -> bool:
+def runs(pid: int, *programs: bytes) -> bool:
     """Whether a process runs one of the programs, as `dvc …` or `python -m dvc …`; a zombie runs nothing."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -138,28 +135,3 @@ def stop_on_signals() -> Iterator[None]:
 def _stop(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Stopped(number)
-
-
-@contextmanager
-def stage_lock(layout: Layout, stage: str) -> Iterator[int]:
-    """Be the only process that runs `stage`; the kernel lets go when the process ends, however it ends.
-
-    Yields:
-        The lock's file descriptor: a child that inherits it holds the lock as well.
-
-    Raises:
-        ValueError: another process runs it; the message names the stage and the process.
-    """
-    path = layout.home / "scratch" / f"{stage}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise ValueError(f"stage {stage} is running already, in process {holder}") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield file.fileno()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -10,20 +11,28 @@ from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 
+_log = logging.getLogger(__name__)
 VERSIONS = ("torch", "transformers", "dvc", "mlflow")
 
 
 def git_tags(root: Path) -> dict[str, str]:
-    """Commit, and whether the tree differs from it; what the pipeline itself writes does not count."""
+    """Commit, and whether the tree differs from it; what the pipeline itself writes does not count.
+
+    None where there is no git or no repository; where there is one that git declines (no commit yet, another
+    user's), the log says so.
+    """
 
     def git(*words: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        command = ["git", "-C", str(root), *words]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode and any((one / ".git").exists() for one in (root, *root.parents)):
+            _log.warning("git: the MLflow run carries no commit: %s", done.stderr.partition("\n")[0])
         return None if done.returncode else done.stdout.strip()
 
     try:
-        commit = git("rev-parse", "HEAD")
-        changes = git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!artifacts")
-    except FileNotFoundError:  # no git here
+        commit = git("rev-parse", "--verify", "HEAD")
+        changes = commit and git("status", "--porcelain", "--", ".", ":!dvc.lock", ":!artifacts")
+    except OSError:  # no git here
         commit = changes = None
     if commit is None:
         return {}

@@ -12,13 +12,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.run.files import write_json
-from tasks.run.layout import Layout, content_hash
+from tasks.run.layout import EXPERIMENT_VARIABLE, Layout, content_hash
+from tasks.run.locks import held
 from tasks.run.provenance import execution, git_tags, one_line, version_tags, without_secrets
 from tasks.run.ranks import is_first
 
@@ -190,7 +191,7 @@ def parent_run(name: str, tags: Mapping[str, str]) -> str:
     """Open the run above the stages' runs, with the pipeline's files; returns its id."""
     layout = Layout.here()
     client = connect(layout)
-    tags = {**git_tags(layout.root), **tags}
+    tags = {**git_tags(layout.root), **_place_tags(layout), **tags}
     run_id = client.create_run(experiment(client, layout), run_name=name, tags=tags).info.run_id
     _log_pipeline_files(client, run_id, layout)
     return run_id
@@ -249,12 +250,21 @@ def connect(layout: Layout) -> MlflowClient:
         from mlflow import MlflowClient
 
         layout.home.mkdir(parents=True, exist_ok=True)
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        client.search_experiments(max_results=1)
+        with _alone_with(uri):
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            client.search_experiments(max_results=1)
     except Exception as error:
         line = f"MLflow at {without_secrets(uri)} does not answer: {one_line(error)}"
         raise ConnectionError(line) from None
     return client
+
+
+def _alone_with(uri: str) -> AbstractContextManager:
+    """A lock beside a sqlite store: two first users at once would both make its tables, and one fail."""
+    place = uri.partition("?")[0].removeprefix("sqlite:///")
+    if not uri.startswith("sqlite:///") or not Path(place).parent.is_dir():
+        return nullcontext()
+    return held(Path(f"{place}.lock"), lambda holder: None)
 
 
 def _knock(server: str) -> None:
@@ -278,7 +288,7 @@ def _open(stage: str, params: Mapping[str, Any], layout: Layout) -> _Run:
     client = connect(layout)
     note = layout.scratch(stage) / "mlflow_run.json"
     tags = {**git_tags(layout.root), **version_tags(), "mlflow.source.name": f"python -m tasks {stage}"}
-    tags |= {"stackrl.stage": stage, "stackrl.fingerprint": layout.fingerprint(stage)}
+    tags |= {"stackrl.stage": stage, "stackrl.fingerprint": layout.fingerprint(stage), **_place_tags(layout)}
     parent = os.environ.get(PARENT_VARIABLE)
     tags |= {"mlflow.parentRunId": parent} if parent else {"stackrl.execution": execution()}
     if (run_id := _reopen(client, note, tags)) is None:
@@ -286,6 +296,12 @@ def _open(stage: str, params: Mapping[str, Any], layout: Layout) -> _Run:
         write_json(note, {"run_id": run_id})
     _log_params(client, run_id, params)
     return _Run(client, run_id)
+
+
+def _place_tags(layout: Layout) -> dict[str, str]:
+    """Which workspace, and which of DVC's experiments: runs of several stand side by side in one store."""
+    name = os.environ.get(EXPERIMENT_VARIABLE)
+    return {"stackrl.workspace": layout.workspace} | ({"stackrl.experiment": name} if name else {})
 
 
 def _reopen(client: MlflowClient, note: Path, tags: Mapping[str, str]) -> str | None:

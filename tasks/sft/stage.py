@@ -89,7 +89,7 @@ def run(params: Params, layout: Layout) -> StageResult:
         save_model(model, tokenizer, folder)
     curve = Curve.of_log(trainer.state.log_history, ("loss", "learning_rate", "grad_norm"))
     curve.write(layout.artifact("sft", "curve.csv"))
-    log_artifact(plot(layout.home / "reports/sft/loss.png", curve, ["loss"], "SFT loss, nats per token"))
+    log_artifact(plot(layout.kept("reports", "sft", "loss.png"), curve, ["loss"], "SFT loss, nats per token"))
     return StageResult(
         {
             "steps": config.max_steps,

@@ -55,6 +55,7 @@ def test_a_refusal_is_never_retried(served, server):
     served.behave("pack", "refuse accuracy 0.61 is below 0.8")
     done = served.run("flows.rlhf", "--target", "sft")
     assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
     assert done.stderr.splitlines()[-1] == "stackrl: rlhf: pack: accuracy 0.61 is below 0.8"
     server.expect(last_run(server)["id"], data="Ran", pack="Refused", sft="NotReady")
     assert served.attempts("pack") == 1
@@ -122,6 +123,43 @@ def test_a_skipped_stage_is_linked_to_the_run_that_made_it(served, server):
     assert len(pages) == 2 and len(set(pages)) == 1 and made in pages[0]
     child = next(one for one in found if one.info.run_id == made)
     assert child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+
+
+def test_of_two_flows_in_a_folder_one_waits_for_the_other(served, server):
+    served.behave("data", "wait")
+    first = served.start("flows.rlhf", "--target", "pack")
+    until(lambda: served.attempts("data") == 1, "the first flow", served.root / "toy.log")
+    second = served.start("flows.rlhf", "--target", "pack")
+    waits = f"waits for process {first.pid} ("
+    until(lambda: waits in (served.root / "toy.log").read_text(), "the second flow", served.root / "toy.log")
+    (served.root / "go-data").touch()
+    assert (first.wait(120), second.wait(120)) == (0, 0)
+    assert [served.attempts(stage) for stage in ("data", "pack")] == [1, 1]
+    server.expect(last_run(server)["id"], data="Unchanged", pack="Unchanged")
+
+
+def test_a_flow_beside_a_repro_waits_for_it(served, server):
+    served.behave("data", "wait")
+    other = served.start("dvc", "repro", "data")
+    log = served.root / "toy.log"
+    until(lambda: served.attempts("data") == 1, "dvc", log)
+    flow = served.start("flows.rlhf", "--target", "data")
+    until(lambda: f"stackrl: data: waits for process {other.pid} (" in log.read_text(), "the flow", log)
+    (served.root / "go-data").touch()
+    assert (other.wait(120), flow.wait(120)) == (0, 0) and served.attempts("data") == 1
+    assert "manually remove" not in log.read_text()
+    server.expect(last_run(server)["id"], data="Unchanged")
+
+
+def test_what_a_killed_dvc_left_is_mended_and_said(served):
+    lock = served.root / ".dvc" / "tmp" / "rwlock"
+    lock.write_text("")
+    done = served.run("flows.rlhf", "--target", "data")
+    assert done.returncode == 0 and "rwlock: unreadable, removed" in done.stdout + done.stderr
+    (served.root / "dvc.lock").write_text("")
+    done = served.run("flows.rlhf", "--target", "data")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "dvc.lock is damaged" in done.stderr.splitlines()[-1]
 
 
 def test_kill_9_leaves_no_orphan_where_no_shell_is_set(served):

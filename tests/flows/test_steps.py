@@ -38,7 +38,7 @@ def test_a_failure_quotes_the_stage(order):
     crash = ("Traceback", "RuntimeError: nan", "ERROR: failed to reproduce 'ppo': exited with 1")
     assert steps.judge(order, Ended(255, crash, False)).message == "RuntimeError: nan"
     busy = ("ERROR: 'artifacts/ppo' is busy, it is being blocked by:",)
-    assert steps.judge(order, Ended(255, busy, False)).message == busy[0]
+    assert steps.judge(order, Ended(255, busy, False)).message == busy[0].removeprefix("ERROR: ")
     assert steps.judge(order, Ended(-9, (), False)).message == "dvc ended with status -9"
 
 

@@ -45,6 +45,8 @@ if words[0] == "refuse":
 try:
     with stop_on_signals():
         tie_to_parent()
+        while words[0] == "wait" and not Path(f"go-{stage}").exists():
+            time.sleep(0.1)
         if words[0] == "record":
             from tasks.run import layout, tracking
             with tracking.stage_run(stage, {}, layout.Layout.here()):

@@ -93,3 +93,22 @@ def test_json_refuses_what_json_cannot_say(tmp_path, bad):
     with pytest.raises(ValueError, match=r"metrics\.json"):
         write_json(tmp_path / "metrics.json", {"a": bad})
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("umask", "of_file", "of_folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_others_may_read_what_the_umask_lets_them(tmp_path, umask, of_file, of_folder):
+    """safetensors writes by way of a file of mode 0600: a served model must not stay so."""
+    final, before = tmp_path / "model", os.umask(umask)
+    try:
+        with staged(final) as path:
+            for name in ("weights", "inner/weights"):
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                (path / name).touch(mode=0o600)
+            (path / "script").touch(mode=0o700)
+            (path / "link").symlink_to("weights")
+    finally:
+        found = os.umask(before)
+    assert found == umask, "the umask is as before"
+    mode = lambda name: (final / name).stat().st_mode & 0o777  # noqa: E731
+    assert mode("weights") == mode("inner/weights") == of_file and mode("inner") == of_folder
+    assert mode("script") & 0o700 == 0o700 and (final / "link").is_symlink()

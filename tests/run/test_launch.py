@@ -231,10 +231,15 @@ def test_a_stop_by_somebody_else_is_one(folder, monkeypatch):
 
 def test_without_a_launcher_there_is_nobody_to_tell(monkeypatch):
     monkeypatch.delenv(launch.FOLDER_VARIABLE, raising=False)
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "TORCHELASTIC_RUN_ID", "DVC_STAGE"):
+        monkeypatch.delenv(name, raising=False)
     assert not launch.leave_word(ValueError("x"), "x") and not launch.is_rank()
     monkeypatch.setenv("RANK", "0")
-    assert launch.is_rank()
+    assert not launch.is_rank(), "schedulers set it for every job"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert launch.is_rank(), "torchrun"
+    monkeypatch.setenv("DVC_STAGE", "sft")
+    assert not launch.is_rank(), "a torchrun above dvc launched no ranks of this stage"
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero3"])

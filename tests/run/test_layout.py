@@ -158,3 +158,32 @@ def test_scratch_stands_at_home_under_the_fingerprint(layout, tmp_path):
 
 def test_the_stages_are_those_of_the_graph():
     assert tuple(yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"]) == STAGES
+
+
+def test_what_a_workspace_keeps_at_home_is_its_own(tmp_path, monkeypatch):
+    """DVC's queue: several workspaces, one home, one name of stage."""
+    home = tmp_path / "home"
+    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+    assert Layout(home, home).kept("reports", "ppo", "curve.png") == home / "reports/ppo/curve.png"
+    monkeypatch.setenv("DVC_EXP_NAME", "gouty-toga")
+    assert Layout(home, home).workspace.startswith("home-"), "run in place it is the same workspace as before"
+    one, two = (Layout(tmp_path / name, home) for name in ("tmp1", "tmp2"))
+    assert one.workspace.startswith("gouty-toga-") and one.workspace != two.workspace
+    assert one.kept("reports", "ppo") == home / "reports" / "workspaces" / one.workspace / "ppo"
+    assert one.refusal("ppo") == tmp_path / "tmp1" / "scratch" / "ppo" / "refusal.json"
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "[]", "- a", "stages: [a]", "stages: {a: }", "a: [", "\0", "3"])
+def test_a_damaged_lock_is_named_with_what_mends_it(layout, text, monkeypatch):
+    monkeypatch.setattr("tasks.run.layout.SECONDS_BETWEEN_TRIES", 0)
+    (layout.root / "dvc.lock").write_text(text)
+    with pytest.raises(ValueError, match=r"dvc\.lock is damaged: .*git checkout dvc\.lock") as raised:
+        layout.fingerprint("sft")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_lock_that_is_just_being_written_is_read_again(layout, monkeypatch):
+    whole = (layout.root / "dvc.lock").read_text()
+    (layout.root / "dvc.lock").write_text("")
+    monkeypatch.setattr("tasks.run.layout.time.sleep", lambda _: (layout.root / "dvc.lock").write_text(whole))
+    assert set(layout.locked()) == {"pack"}

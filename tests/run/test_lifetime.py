@@ -1,4 +1,4 @@
-"""A stage's process: alone, tied to its parent, stopped in good order. Real processes and real signals."""
+"""A stage's process: tied to its parent, stopped in good order. Real processes and real signals."""
 
 from __future__ import annotations
 
@@ -12,20 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.run.layout import Layout
-from tasks.run.lifetime import Stopped, stage_lock, stop_on_signals
+from tasks.run.lifetime import Stopped, stop_on_signals
 
 PATIENCE = 60  # seconds until a test gives up on a process; never a measure of speed
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from tasks.run.layout import Layout
-from tasks.run.lifetime import stage_lock
-with stage_lock(Layout(Path(sys.argv[1]), Path(sys.argv[1])), "sft"):
-    print("held", flush=True)
-    time.sleep(600)
-"""
 TRAINER = """
 import signal, sys, time
 from pathlib import Path
@@ -70,23 +60,6 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
-
-
-def test_one_process_per_stage(tmp_path):
-    layout, holder = Layout(tmp_path, tmp_path), start(HOLDER, str(tmp_path))
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=rf"sft .*process {holder.pid}$"), stage_lock(layout, "sft"):
-            pass
-        with stage_lock(layout, "reward"):
-            pass  # another stage is another lock
-    finally:
-        holder.kill()
-        holder.wait()
-    with stage_lock(layout, "sft"):  # a killed process holds nothing
-        assert (tmp_path / "scratch" / "sft.lock").read_text() == str(os.getpid())
-    with stage_lock(layout, "sft"):
-        pass
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PDEATHSIG is Linux's")

@@ -328,3 +328,54 @@ def test_the_note_holds_an_id_and_nothing_else(layout):
     with tracking.stage_run("sft", {}, layout):
         note = json.loads((layout.scratch("sft") / "mlflow_run.json").read_text())
         assert note == {"run_id": tracking.active_run()}
+
+
+def test_a_repository_that_git_declines_is_said(tmp_path, caplog):
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    assert provenance.git_tags(tmp_path) == {}, "no commit yet"
+    assert len(caplog.messages) == 1 and "carries no commit: fatal" in caplog.text
+
+
+def test_runs_of_two_experiments_are_told_apart(layout, monkeypatch, tmp_path):
+    """DVC's queue: another working directory, the same home, and a name."""
+    with tracking.stage_run("sft", {}, layout):
+        pass
+    tags = the_run(layout).data.tags
+    assert tags["stackrl.workspace"] == layout.workspace and "stackrl.experiment" not in tags
+    assert not any(str(tmp_path) in text for text in tags.values())
+    shutil.copytree(layout.root, tmp_path / "tmp1", ignore=shutil.ignore_patterns("mlflow.db*", "scratch"))
+    (tmp_path / "tmp1" / "params.yaml").write_text("sft: {learning_rate: 0.2}\n")
+    monkeypatch.setenv("DVC_EXP_NAME", "gouty-toga")
+    other = Layout(tmp_path / "tmp1", layout.home)
+    with tracking.stage_run("sft", {}, other):
+        pass
+    client = tracking.connect(layout)
+    found = client.search_runs(
+        [tracking.experiment(client, layout)], "tags.`stackrl.experiment` = 'gouty-toga'"
+    )
+    assert [run.data.tags["stackrl.workspace"] for run in found] == [other.workspace]
+
+
+@pytest.mark.slow
+def test_first_users_at_once_make_one_store(tmp_path, monkeypatch):
+    """Two experiments of a queue start at the same moment, where nothing was run before."""
+    code = (
+        "from tasks.run import layout, tracking; here = layout.Layout.here();"
+        "import mlflow.store.tracking.sqlalchemy_store; print('ready', flush=True); input();"
+        "print(tracking.experiment(tracking.connect(here), here))"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_"))}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    assert [process.stdout.readline() for process in started] == ["ready\n"] * 3
+    for process in started:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    found = [process.communicate() for process in started]
+    assert [out for out, _ in found] == ["1\n"] * 3, found
+    assert not list(tmp_path.glob("*.lock"))
