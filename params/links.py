@@ -12,10 +12,10 @@ from params.load import ParamsError
 
 RAW = Path("data/raw")
 BASES = {"model.base": Path("data/base"), "reward.base": Path("data/reward_base")}
-DUMP_SUFFIXES = (".7z", ".xz", ".gz", ".bz2", ".xml", ".jsonl", ".parquet")
+DUMP_SUFFIXES = (".7z", ".xz", ".gz", ".bz2", ".xml", ".jsonl", ".json", ".parquet")
 # In a folder: the archive of a whole site, Posts alone and preference data; not the other tables of the dump.
 OTHER_TABLE = re.compile(r"(^|[.-])(Badges|Comments|PostHistory|PostLinks|Tags|Users|Votes)\.", re.IGNORECASE)
-POSTS = re.compile(r"(\.7z|(^|[.-])Posts\.xml(\.(xz|gz|bz2))?|\.parquet|\.jsonl(\.(xz|gz|bz2))?)$")
+POSTS = re.compile(r"(\.7z|(^|[.-])Posts\.xml(\.(xz|gz|bz2))?|\.parquet|\.jsonl?(\.(xz|gz|bz2))?)$")
 HUB = "hf://datasets/"  # not linked: the data stage streams it
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # no pickles, no code
 
