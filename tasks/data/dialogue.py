@@ -1,7 +1,9 @@
 r"""Dialogues as preference data have them -> the question they come to, in one way, and its answer.
 
 The turns before the answer are the question. One turn of a user stands for itself; more, or a system
-turn, are written out as hh-rlhf writes them, each with its speaker: ``Human: hi\n\nAssistant: hello\n\nHuman: why?``
+turn, are written out as hh-rlhf writes them, each with its speaker::
+
+    Human: hi\n\nAssistant: hello\n\nHuman: why?
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ ROLES = {
     "function_call": ASSISTANT,
     "tool": TOOL, "function": TOOL, "observation": TOOL, "ipython": TOOL,
 }  # fmt: skip
+NOT_READ = ("tools", "images", "videos", "audios")
 SPEAKER = re.compile(rf"\n\n({SYSTEM}|{USER}|{ASSISTANT}):")
 
 Row = Mapping[str, Any]
@@ -49,12 +52,15 @@ def question_of(turns: list[Turn]) -> str:
 
 def prompt_of(row: Row) -> list[Turn]:
     """The turns that a row states apart from the answers: [] where there are none."""
-    turns = [(SYSTEM, row["system"])] if row.get("system") else []
+    for name in NOT_READ:
+        if row.get(name) and row[name] != "[]":
+            raise Unreadable("unreadable_row", f"{name!r} is part of the prompt, and only text is read")
+    turns = [(SYSTEM, string(row["system"], "system"))] if row.get("system") else []
     for asked, said in row.get("history") or ():
         turns += [(USER, string(asked, "history")), (ASSISTANT, string(said, "history"))]
     for name in ("prompt", "conversations", "instruction", "question", "query"):
         value = row.get(name)
-        if value is None:
+        if value is None or value == "":
             continue
         if not isinstance(value, str):
             return turns + turns_of(value, name)

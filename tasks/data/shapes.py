@@ -150,9 +150,9 @@ def grouped(row: Row) -> Group:
 def preferred(row: Row) -> Group:
     """A prompt, chosen and rejected, as texts, transcripts or messages (docs/data.md)."""
     names = ("chosen", "rejected")
-    values = [row[name] for name in names] if "chosen" in row else list(row["output"])
-    if len(values) != 2:
-        raise Unreadable("unreadable_row", f"'output' holds {len(values)} answers, not two")
+    values = [row[name] for name in names] if row.get("chosen") is not None else row["output"]
+    if not isinstance(values, list) or len(values) != 2:
+        raise Unreadable("unreadable_row", "'output' is not a list of two answers, the better and the worse")
     (before, chosen), (other, rejected) = (answered(row, *pair) for pair in zip(values, names, strict=True))
     if _stripped(before) != _stripped(other):
         raise Unreadable("different_prompts", "chosen and rejected part before their last turn")
@@ -184,8 +184,8 @@ def rated(row: Row) -> Group:
         raise Unreadable("unreadable_row", f"the label is neither true nor false: {label!r}")
     name = next((name for name in ("completion", "response", "output") if row.get(name) is not None), None)
     name = name or ("messages" if row.get("messages") is not None else "conversations")
-    row = row if name != "conversations" else {**row, name: None, "messages": row[name]}
-    before, answer = answered(row, row["messages" if name == "conversations" else name], name)
+    rest = {column: value for column, value in row.items() if column != name}
+    before, answer = answered(rest, row[name], name)
     prompt = question_of(before)
     number = _hash("prompt", prompt)
     reply = _post(_hash(number, answer, bool(label)), answer, "", False, number, int(label))

@@ -59,7 +59,11 @@ def refusal(path: Path) -> str:
     with path.open("rb") as file:
         found = what_is(file.read(HEAD_BYTES))
     wanted = OF_SUFFIX.get(path.suffix)
-    if found == "empty" or "pointer" in found or found in ("an HTML page", "UTF-16 text", "UTF-32 text"):
+    if (
+        found.startswith("empty")
+        or "pointer" in found
+        or found in ("an HTML page", "UTF-16 text", "UTF-32 text")
+    ):
         return f"is {found}"
     if found and found != wanted:
         return f"is {found} under the name of {_article(path.suffix)} file"
