@@ -34,11 +34,13 @@ def read_json(path: Path, damage: Damage) -> Iterator[tuple[int, dict[str, Any]]
     """
     right = wrong = count = 0
     first = ""
-    with OPENERS.get(path.suffix, OPENERS[".xml"])(path) as file:
+    opener = OPENERS.get(path.suffix, OPENERS[".xml"])
+    with opener(path) as file:
+        head = io.BufferedReader(unpacked(file, path)).read(HEAD_BYTES)
+    if found := what_is(head):
+        raise DumpError(f"{path}: its content is {found}, no JSON")
+    with opener(path) as file:
         reader = io.BufferedReader(unpacked(file, path), PIECE)
-        head = reader.peek(HEAD_BYTES)[:HEAD_BYTES]
-        if found := what_is(head):
-            raise DumpError(f"{path}: its content is {found}, no JSON")
         is_array = head.lstrip(BLANK).startswith(b"[")
         for number, text, value in _array(reader, path) if is_array else _lines(reader, damage):
             count += 1
@@ -81,7 +83,7 @@ def _value(text: str) -> Any:
 
 def _array(reader: io.BufferedReader, path: Path) -> Iterator[Read]:
     text = io.TextIOWrapper(reader, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    buffer = text.read(PIECE)
+    buffer = text.read(HEAD_BYTES)
     place, number = buffer.index("[") + 1, 1
     while True:
         place = BETWEEN.match(buffer, place).end()
