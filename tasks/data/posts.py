@@ -86,7 +86,7 @@ def _read(task: _Task) -> Book | BlockError:
 
 
 def _note_unreadable(found: Rows, posts: pa.Table) -> None:
-    """Tell of the rows without an Id, which are left out, and of the first that will be (`posts_of`)."""
+    """Tell of the rows without an Id, which are left out, and of the first that will be for other reasons."""
     kept = range(len(found.rows))
     if len(posts) < len(found.rows):
         has_id = integers([row.get("Id") for row in found.rows]).is_valid().to_pylist()
@@ -94,6 +94,11 @@ def _note_unreadable(found: Rows, posts: pa.Table) -> None:
             words = _lacks(found.rows[place], ("Id",))
             found.damage.drop("row_without_id", found.places[place] + 1, words)
         kept = [place for place in kept if has_id[place]]
+    kinds = integers([row.get("PostTypeId") for row in found.rows])
+    if kinds.null_count:
+        place = pc.index(kinds.is_valid(), False).as_py()
+        words = _lacks(found.rows[place], ("PostTypeId",))
+        found.damage.note("other_post_type", found.places[place] + 1, words)
     unreadable = pc.index(posts["what"], "unreadable_row").as_py()
     if unreadable >= 0:
         place = kept[unreadable]

@@ -27,6 +27,7 @@ Row = Mapping[str, Any]
 Group = tuple[str, list[Post]]  # site ("" for the file's own), the question and its answers
 Shape = Callable[[Row], Group]
 UNSTATED = "unstated"
+DATE = re.compile(r"[0-9]{4}([-/])[0-9]{2}\1[0-9]{2}(?![0-9])")
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # as in a dump (`repair`)
 
 
@@ -43,7 +44,7 @@ def read_shape(source: Source, shelf: Shelf) -> set[str]:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             damage.drop(*_fault(error, number, row))
             continue
-        shelf.site = site or source.site
+        shelf.site = FORBIDDEN.sub("", site) or source.site
         sites.add(shelf.site)
         for post in posts:
             shelf.add(_without_forbidden(post, damage))
@@ -62,11 +63,14 @@ def _shaped(
     """Each row with its number and shape; rows of one pair last, a question's together."""
     pairs: Pairs | None = None
     for number, row in rows:
-        has = {name for name, value in row.items() if value is not None}
-        shape = next((shape for columns, shape in SHAPES if columns <= has), None)
+        has = {name: value for name, value in row.items() if value is not None}
+        shape = next((shape for columns, shape in SHAPES if columns <= set(has)), None)
         if shape is None:
             known = "; ".join(", ".join(sorted(columns)) for columns, _ in SHAPES)
-            damage.drop("unreadable_row", number, f"its columns ({', '.join(row)}) are none of: {known}")
+            null = "".join(f"; null: {name}" for name in row if name not in has)
+            damage.drop(
+                "unreadable_row", number, f"its columns ({', '.join(has)}{null}) are none of: {known}"
+            )
         elif shape is paired:
             pairs = pairs or Pairs(shelf.folder)
             try:
@@ -90,12 +94,12 @@ def _fault(error: Exception, number: int, row: Row) -> tuple[str, int, str]:
 
 
 def _without_forbidden(post: Post, damage: Damage) -> Post:
-    title, in_title = FORBIDDEN.subn("", post.title)
-    text, in_text = FORBIDDEN.subn("", post.text)
-    if not in_title and not in_text:
-        return post
-    damage.dropped_characters += in_title + in_text
-    return replace(post, title=title, text=text)
+    for name in ("title", "text", "created", "licence"):
+        value, count = FORBIDDEN.subn("", getattr(post, name))
+        if count:
+            damage.dropped_characters += count
+            post = replace(post, **{name: value})
+    return post
 
 
 def preferences(row: Row) -> Group:
@@ -214,12 +218,13 @@ def _post(
     score: int | None = None, *, accepted_id: int | None = None, owner_id: int | None = None,
     title: str = "", licence: str = "",
 ) -> Post:  # fmt: skip
-    if not -(2**63) <= number < 2**63:
-        raise OverflowError(number)
+    for value, bits in ((number, 63), (accepted_id, 63), (owner_id, 63), (score, 31)):
+        if value is not None and not -(2**bits) <= value < 2**bits:
+            raise Unreadable("unreadable_row", f"{value} takes more than {bits + 1} bits")
     return Post(
         id=number, parent_id=parent_id, accepted_id=accepted_id, votes=score or 0,
         title=" ".join(title.split()), text=string(text, "text"), tags=(), created=created, owner_id=owner_id,
-        licence=licence or (licence_of(created) if created else UNSTATED), score=score, is_html=is_html,
+        licence=licence or (licence_of(created).as_py() if created else UNSTATED), score=score, is_html=is_html,
     )  # fmt: skip
 
 
@@ -231,7 +236,10 @@ def _finite(value: Any) -> float:
 
 
 def _date(row: Row) -> str:
-    return f"{string(row['date'], 'date')[:10].replace('/', '-')}T00:00:00"
+    date = string(row["date"], "date")
+    if not DATE.match(date):
+        raise Unreadable("unreadable_row", f"'date' is no date: {date!r}")
+    return f"{date[:10].replace('/', '-')}T00:00:00"
 
 
 def _site(row: Row) -> str:

@@ -49,8 +49,8 @@ def what_is(head: bytes) -> str:
     if width := _width(head):
         return f"UTF-{width} text"
     start = head.lstrip(BLANK)
-    if not start.strip(b"\0"):
-        return "empty (blank or zero bytes only)" if len(head) < HEAD_BYTES else ""
+    if not start.strip(b"\0") and (len(head) < HEAD_BYTES or not head.strip(b"\0")):
+        return "empty (blank or zero bytes)"
     return next((name for pattern, name in TEXTS if pattern.match(start)), "")
 
 

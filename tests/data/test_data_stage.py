@@ -163,6 +163,10 @@ BAD = {
         lambda text: text.replace(b" Id=", b" id="),
         "none of its 180 rows can be read; row 1: no readable Id",
     ),
+    "no kinds": (
+        lambda text: text.replace(b"PostTypeId=", b"Type="),
+        "left out first: row 1: no readable PostTypeId",
+    ),
     "no votes": (
         lambda text: text.replace(b"Score=", b"score="),
         "left out first: row 1: no readable Score; it has",

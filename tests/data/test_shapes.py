@@ -212,6 +212,23 @@ def test_bad_rows_are_counted(layout, monkeypatch):
     assert "\n- my.jsonl: row 64: not a JSON object in UTF-8 (Expecting" in card
 
 
+def test_one_number_or_name_out_of_bounds_loses_one_row(layout):
+    """What no column can hold is found in its row, not when a thousand rows are written."""
+    rows = [preference(number) for number in range(1, 61)]
+    rows[0]["answers"][0]["pm_score"] = 2**31
+    rows[1]["answers"][0]["author_id"] = 2**70
+    rows[2]["qid"] = -(2**70)
+    rows[3]["date"] = "yesterday"
+    rows[4]["metadata"] = ["https://[unix.example/"]
+    rows[5]["metadata"] = ["https://unix\ud800.example/"]
+    rows[6]["answers"][1]["text"] = "<p>Half a pair: \ud800.</p>"
+    write(layout.root / "data/raw/my.jsonl", [*rows, plain(1) | {"licence": "a\ud800"}])
+    metrics = run(params("my.jsonl"), layout).metrics
+    assert (metrics["questions"], metrics["drops/unreadable_row"]) == (56, 5)
+    assert metrics["dropped_characters"] == 1 + 3
+    assert "row 1: 2147483648 takes more than 32 bits" in layout.artifact("data", "card.md").read_text()
+
+
 def test_parquet_with_nulls_and_bytes_that_are_no_text(layout):
     rows = [chosen(number) for number in range(60)]
     rows[3]["chosen"] = None
