@@ -224,7 +224,8 @@ def _post(
     return Post(
         id=number, parent_id=parent_id, accepted_id=accepted_id, votes=score or 0,
         title=" ".join(title.split()), text=string(text, "text"), tags=(), created=created, owner_id=owner_id,
-        licence=licence or (licence_of(created).as_py() if created else UNSTATED), score=score, is_html=is_html,
+        licence=licence or (licence_of(created).as_py() if created else UNSTATED),
+        score=score, is_html=is_html,
     )  # fmt: skip
 
 

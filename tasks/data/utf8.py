@@ -12,6 +12,11 @@ FEW_SHARE = 0.1
 
 def replaced(content: bytes) -> tuple[bytes, int]:
     """UTF-8 with U+FFFD for each run of bytes that are none, and how many these were."""
+    try:
+        content.decode()
+        return content, 0
+    except UnicodeDecodeError:
+        pass
     text, count = STRAY.subn("\ufffd", content.decode("utf-8", "surrogateescape"))
     return text.encode(), count
 
