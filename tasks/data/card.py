@@ -8,11 +8,19 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tasks.data.damage import LONGEST_ROW, total
+from tasks.data.shelf import Shelf
+
 DROPS = {
+    "malformed_row": "row that is no well-formed XML, no JSON object, or cannot be decoded",
+    "too_long_row": f"row of more than {LONGEST_ROW:,} bytes",
     "row_without_id": "row without a readable Id",
     "duplicate_id": "row with the Id of an earlier one",
     "other_post_type": "neither question nor answer (wiki, tag excerpt, nomination, …)",
-    "unreadable_row": "question or answer without a readable Score, CreationDate or ParentId",
+    "unreadable_row": "row without a readable Score, CreationDate or ParentId; prompt, chosen, …",
+    "not_the_assistant": "dialogue that does not end with an answer of the assistant to a user",
+    "different_prompts": "chosen and rejected that answer different prompts",
+    "contradictory_scores": "chosen with a lower score than rejected, or pairs that contradict one another",
     "orphan_answer": "answer to no question of the file",
     "empty_answer": "answer without words (an image, or nothing)",
     "identical_answer": "answer with the text of an earlier one to the same question",
@@ -20,6 +28,11 @@ DROPS = {
     "empty_question": "question without words",
     "question_with_few_answers": "question with fewer usable answers than data.min_answers",
     "answer_of_dropped_question": "answer that went with its question",
+}
+LOSSES = {
+    "dropped_characters": "characters that XML forbids, dropped",
+    "replaced_characters": "runs of bytes that are no UTF-8, replaced by U+FFFD",
+    "dropped_links": "rows of PostLinks that cannot be read",
 }
 
 
@@ -57,19 +70,27 @@ class Tally:
 
 
 def metrics_of(
-    tally: Tally, splits: Sequence[str], rows: int, drops: Counter[str], overlap: Mapping[str, int]
+    tally: Tally, splits: Sequence[str], shelf: Shelf, drops: Counter[str], overlap: Mapping[str, int]
 ) -> dict[str, float]:
     """Counts for metrics.json: rows, questions, answers, pairs, per split too, drops by reason, overlaps."""
-    metrics = {"rows": rows, **tally.sum()}
+    lost, links = total(shelf.damage.values()), total(shelf.link_damage.values())
+    metrics = {"rows": shelf.rows, **tally.sum()}
     for name in splits:
         metrics |= {f"{name}/{key}": value for key, value in tally.sum(split=name).items()}
     metrics |= {f"drops/{reason}": drops[reason] for reason in DROPS}
+    metrics |= {
+        "dropped_characters": lost.dropped_characters + links.dropped_characters,
+        "replaced_characters": lost.replaced_characters + links.replaced_characters,
+        "dropped_links": links.drops.total(),
+    }
     metrics |= {f"overlap/{kind}": count for kind, count in overlap.items()}
     return {key: float(value) for key, value in metrics.items()}
 
 
-def card_of(tally: Tally, splits: Sequence[str], metrics: Mapping[str, float], min_answers: int) -> str:
-    """The card as Markdown; the same data gives the same text."""
+def card_of(
+    tally: Tally, splits: Sequence[str], metrics: Mapping[str, float], min_answers: int, first: Sequence[str]
+) -> str:
+    """The card as Markdown; the same data gives the same text. `first`: see `first_losses`."""
     sites = sorted({site for site, _ in tally.counts})
     lines = [
         "# Data card",
@@ -90,6 +111,9 @@ def card_of(tally: Tally, splits: Sequence[str], metrics: Mapping[str, float], m
         "|---|---:|",
         *(f"| {words} | {metrics[f'drops/{reason}']:,.0f} |" for reason, words in DROPS.items()),
         "",
+        *(f"- {words}: {metrics[name]:,.0f}" for name, words in LOSSES.items()),
+        *(["", "Where this was first met:", "", *(f"- {line}" for line in first)] if first else []),
+        "",
         "No id, normalised title or normalised body stands in two splits: questions that share one go "
         "together.",
         "",
@@ -102,6 +126,15 @@ def card_of(tally: Tally, splits: Sequence[str], metrics: Mapping[str, float], m
         "",
     ]
     return "\n".join(lines)
+
+
+def first_losses(shelf: Shelf) -> list[str]:
+    """Of each file and reason the first row left out: "unix.example.7z: row 51: not well-formed …"."""
+    lines: list[str] = []
+    for damages in (shelf.damage, shelf.link_damage):
+        for path, damage in damages.items():
+            lines += [f"{path.name}: row {row}: {words}" for row, words in sorted(damage.first.values())]
+    return lines
 
 
 def _line(site: str, split: str, counts: Mapping[str, int]) -> str:

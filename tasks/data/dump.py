@@ -2,78 +2,100 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-
-from lxml import etree
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from tasks.data.cut import Block, cut
+from tasks.data.damage import TOO_LONG, Damage, long_row
+from tasks.data.parse import BlockError, Row, parse
+from tasks.data.repair import repair
 from tasks.data.sources import DumpError, Source
 
-LINES = re.compile(r",? line \d+(, column \d+)?")  # of the block, not of the file
-
-Row = Mapping[str, str]
+__all__ = ["BlockError", "Row", "Rows", "read_blocks", "read_rows", "refuse_empty", "refused", "rows_of"]
 
 
-class BlockError(Exception):
-    """A block that cannot be read: args are the rows of it that can, and what is wrong after them."""
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a block that can be read, the place of each among all of the block, and what was lost."""
+
+    rows: list[Row]
+    places: Sequence[int]
+    damage: Damage
 
 
-def rows_of(block: Block) -> list[Row]:
-    """The attributes of each row of a block.
+def rows_of(block: Block) -> Rows:
+    """The attributes of each row of a block; one that does not parse is repaired row by row.
 
     Raises:
-        BlockError: not well-formed UTF-8 XML, a DOCTYPE, another table.
+        BlockError: it is in another encoding or truncated, declares a DOCTYPE, or is another table.
     """
-    target = _Table(block.table)
-    # 'internal', because with False libxml2 hands a target `&#38;` for `&amp;`. It opens no door:
-    # entities are declared in a DOCTYPE, which `_Table.doctype` refuses before it is read.
-    parser = etree.XMLParser(
-        target=target, encoding="utf-8", resolve_entities="internal",
-        no_network=True, load_dtd=False, dtd_validation=False, huge_tree=False,
-    )  # fmt: skip
+    content = block.content if isinstance(block.content, bytes) else block.content.read()
     try:
-        if not block.is_first:
-            parser.feed(f"<{block.table}>".encode())
-        parser.feed(block.content if isinstance(block.content, bytes) else block.content.read())
-        if not block.is_last:
-            parser.feed(f"</{block.table}>".encode())
-        parser.close()
-    except etree.XMLSyntaxError as error:
-        words = " ".join(LINES.sub("", error.msg or "empty file").split())
-        raise BlockError(len(target.rows), f"not a well-formed UTF-8 dump ({words})") from None
-    return target.rows
+        rows, damage = parse(content, block.table, block.is_first, block.is_last), Damage()
+        places: Sequence[int] = range(len(rows))
+    except BlockError:
+        (rows, places), damage = repair(content, block.table, block.is_first, block.is_last, block.encoding)
+    if not block.too_long:
+        return Rows(rows, places, damage)
+    before = Damage()
+    for number in range(block.too_long):
+        before.drop(TOO_LONG, number + 1, long_row())
+    before.add(damage, block.too_long)
+    return Rows(rows, [place + block.too_long for place in places], before)
 
 
-def read_rows(source: Source, table: str, on_row: Callable[[Row], object]) -> int:
+def read_rows(
+    source: Source, table: str, on_row: Callable[[Row], object], damage: Damage | None = None
+) -> int:
     """Call `on_row` with the attributes of every row, in order; memory does not grow with the file.
 
     Args:
         source: the file.
         table: name of the root element, for instance "postlinks".
-        on_row: called once per row; the mapping is its own to keep.
+        on_row: called once per row that can be read; the mapping is its own to keep.
+        damage: gets what was lost.
 
     Returns:
-        The number of rows, at least one in "posts".
+        The number of rows that could be read, at least one in "posts".
 
     Raises:
-        DumpError: the file is damaged, not well-formed UTF-8 XML, declares a DOCTYPE, or is no such table.
+        DumpError: the file is damaged, no UTF-8 XML, declares a DOCTYPE, is no such table, or none of its
+            rows can be read.
     """
     count = 0
 
-    def take(block: Block) -> None:
+    def take(found: Rows, before: int) -> None:
         nonlocal count
-        try:
-            rows = rows_of(block)
-        except BlockError as error:
-            raise refused(source, count, error) from None
-        count += len(rows)
-        for row in rows:
+        count += len(found.rows)
+        for row in found.rows:
             on_row(row)
 
-    cut(source, table, take)
-    refuse_empty(source, table, count)
+    lost = Damage() if damage is None else damage
+    read_blocks(source, table, take, lost)
+    refuse_empty(source, table, count, lost)
     return count
+
+
+def read_blocks(source: Source, table: str, on_rows: Callable[[Rows, int], object], damage: Damage) -> None:
+    """Call `on_rows` with the rows of every block, and how many rows came before it; `damage` grows.
+
+    Raises:
+        DumpError: a block cannot be read, see `rows_of`.
+    """
+    before = 0
+
+    def take(block: Block) -> None:
+        nonlocal before
+        try:
+            found = rows_of(block)
+        except BlockError as error:
+            raise refused(source, before, error) from None
+        count = len(found.rows) + found.damage.drops.total()
+        damage.add(found.damage, before)
+        on_rows(found, before)
+        before += count
+
+    cut(source, table, take)
 
 
 def refused(source: Source, rows: int, error: BlockError) -> DumpError:
@@ -82,33 +104,10 @@ def refused(source: Source, rows: int, error: BlockError) -> DumpError:
     return DumpError(f"{source.path}: row {rows + more + 1}: {what}")
 
 
-def refuse_empty(source: Source, table: str, rows: int) -> None:
-    """Posts there must be; nobody need have linked anything."""
+def refuse_empty(source: Source, table: str, rows: int, damage: Damage) -> None:
+    """Posts there must be; nobody need have linked anything. But where rows are, some can be read."""
+    lost = damage.drops.total()
+    if not rows and lost:
+        raise DumpError(f"{source.path}: none of its {lost:,} rows can be read; {damage.earliest()}")
     if not rows and table == "posts":
         raise DumpError(f"{source.path}: <{table}> without a single <row>")
-
-
-class _Table:
-    """What the parser calls."""
-
-    def __init__(self, table: str) -> None:
-        self.rows: list[Row] = []
-        self._table = table
-        self._depth = 0
-
-    def start(self, tag: str, attributes: Row) -> None:
-        if self._depth == 1 and tag == "row":  # all but a few
-            self.rows.append(attributes)
-        elif self._depth or tag != self._table:
-            wanted = (self._table, "row", "/row")[min(self._depth, 2)]
-            raise BlockError(len(self.rows), f"no dump of {self._table}: <{tag}> instead of <{wanted}>")
-        self._depth += 1
-
-    def end(self, tag: str) -> None:
-        self._depth -= 1
-
-    def doctype(self, name: str, public_id: str | None, system_id: str | None) -> None:
-        raise BlockError(0, f"declares a DOCTYPE ({name}); dumps have none, and it is refused")
-
-    def close(self) -> None:
-        """The rows stay where they are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tasks.data.dialogue import Unreadable, string
 from tasks.data.engine import connect
 
 ROWS_PER_GROUP = 4096
@@ -26,49 +27,59 @@ PAIR = pa.schema(
 )
 
 
-def sorted_by_question(rows: Iterable[Mapping[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of one pair each -> rows of one question each, its pairs under `pairs`; sorted on disk.
+class Pairs:
+    """Takes rows of one pair each, gives rows of one question each; sorted on disk."""
 
-    A pair that cannot be read is handed on as it is, for the shape to refuse.
-    """
-    path = folder / "pairs.parquet"
-    odd: list[Mapping[str, Any]] = []
-    with pq.ParquetWriter(path, PAIR, compression="lz4") as writer:
-        batch: list[dict[str, Any]] = []
-        for number, row in enumerate(rows):
-            if not _is_pair(row):
-                odd.append(row)
-                continue
-            metadata = row.get("metadata") or ""
-            site = metadata if isinstance(metadata, str) else next(iter(metadata), "")
-            batch.append({**{name: row.get(name) for name in PAIR.names}, "number": number, "site": site})
-            if len(batch) == ROWS_PER_GROUP:
-                writer.write_table(pa.Table.from_pylist(batch, schema=PAIR))
-                batch = []
-        writer.write_table(pa.Table.from_pylist(batch, schema=PAIR))
-    yield from map(dict, odd)
-    inner = folder / "pairs"
-    inner.mkdir(exist_ok=True)
-    with connect(inner, threads=1) as base:
-        query = "SELECT * FROM read_parquet($path) ORDER BY site, qid, number"
-        reader = base.sql(query, params={"path": str(path)}).to_arrow_reader(ROWS_PER_GROUP)
-        flat = (row for batch in reader for row in batch.to_pylist())
-        for _, group in groupby(flat, lambda row: (row["site"], row["qid"])):
-            pairs = list(group)
-            first = pairs[0]
-            yield {
-                "qid": first["qid"],
-                "question": first["question"],
-                "date": first["date"],
-                "metadata": first["site"],
-                "pairs": [(pair["response_j"], pair["response_k"]) for pair in pairs],
-            }
-    path.unlink()
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / "pairs.parquet"
+        self._writer = pq.ParquetWriter(self._path, PAIR, compression="lz4")
+        self._batch: list[dict[str, Any]] = []
 
+    def add(self, number: int, row: Mapping[str, Any]) -> None:
+        """Row `number` of the file.
 
-def _is_pair(row: Mapping[str, Any]) -> bool:
-    texts = all(isinstance(row.get(name), str) for name in ("question", "date", "response_j", "response_k"))
-    return texts and isinstance(row.get("qid"), int) and abs(row["qid"]) < 2**63
+        Raises:
+            Unreadable: it is no pair.
+        """
+        for name in ("question", "date", "response_j", "response_k"):
+            string(row.get(name), name).encode()  # JSON can spell half a surrogate pair
+        if not isinstance(row.get("qid"), int) or abs(row["qid"]) >= 2**63:
+            raise Unreadable("unreadable_row", f"'qid' is no whole number: {row.get('qid')!r}")
+        metadata = row.get("metadata") or ""
+        site = metadata if isinstance(metadata, str) else next(iter(metadata), "")
+        self._batch.append({**{name: row.get(name) for name in PAIR.names}, "number": number, "site": site})
+        if len(self._batch) == ROWS_PER_GROUP:
+            self._write()
+
+    def questions(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The questions, each with the number of its first pair; its pairs are under `pairs`."""
+        self._write()
+        self._writer.close()
+        inner = self._folder / "pairs"
+        inner.mkdir(exist_ok=True)
+        with connect(inner, threads=1) as base:
+            query = "SELECT * FROM read_parquet($path) ORDER BY site, qid, number"
+            reader = base.sql(query, params={"path": str(self._path)}).to_arrow_reader(ROWS_PER_GROUP)
+            flat = (row for batch in reader for row in batch.to_pylist())
+            for _, group in groupby(flat, lambda row: (row["site"], row["qid"])):
+                pairs = list(group)
+                first = pairs[0]
+                yield (
+                    first["number"],
+                    {
+                        "qid": first["qid"],
+                        "question": first["question"],
+                        "date": first["date"],
+                        "metadata": first["site"],
+                        "pairs": [(pair["response_j"], pair["response_k"]) for pair in pairs],
+                    },
+                )
+        self._path.unlink()
+
+    def _write(self) -> None:
+        self._writer.write_table(pa.Table.from_pylist(self._batch, schema=PAIR))
+        self._batch = []
 
 
 def levels(pairs: Sequence[tuple[str, str]]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.data.cut import Block, cut
-from tasks.data.dump import BlockError, Row, read_rows, refuse_empty, refused, rows_of
+from tasks.data.damage import Damage
+from tasks.data.dump import BlockError, Row, Rows, read_blocks, refuse_empty, refused, rows_of
 from tasks.data.parallel import Crew
 from tasks.data.shelf import ANSWER, POSTS, QUESTION, Book, Shelf, write_book
 from tasks.data.sources import Source, has_links
 
-DUPLICATE = "3"  # LinkTypeId
+LINK = ("PostId", "RelatedPostId", "LinkTypeId")
+DUPLICATE = 3  # LinkTypeId
 POST_TYPES = {"1": QUESTION, "2": ANSWER}  # 3 to 8 are wiki pages, tag excerpts, nominations and the like
 # By date, for dumps older than the column ContentLicense.
 LICENCES = (("2011-04-08", "CC BY-SA 2.5"), ("2018-05-02", "CC BY-SA 3.0"))
@@ -36,11 +39,13 @@ def read_dump(source: Source, shelf: Shelf, crew: Crew) -> set[str]:
         DumpError: see `tasks.data.dump.read_rows`.
     """
     shelf.site = source.site
-    before = shelf.rows
+    before, damage = shelf.rows, Damage()
 
     def take(book: Book | BlockError) -> None:
+        rows = shelf.rows - before + damage.drops.total()
         if isinstance(book, BlockError):
-            raise refused(source, shelf.rows - before, book)
+            raise refused(source, rows, book)
+        damage.add(book.damage, rows)
         shelf.take(book)
 
     queue = crew.queue(_read, take)
@@ -52,12 +57,13 @@ def read_dump(source: Source, shelf: Shelf, crew: Crew) -> set[str]:
 
     cut(source, "posts", put)
     queue.close()
-    refuse_empty(source, "posts", shelf.rows - before)
+    refuse_empty(source, "posts", shelf.rows - before, damage)
+    shelf.lose(source.path, damage)
     links = source.links
     if not links and source.path.suffix == ".7z" and has_links(source.path):
         links = source.path
     if links:
-        read_rows(replace(source, path=links), "postlinks", lambda row: _link(row, shelf))
+        _read_links(replace(source, path=links), shelf)
     return {source.site}
 
 
@@ -71,16 +77,73 @@ class _Task:
 def _read(task: _Task) -> Book | BlockError:
     """A block's posts, written where the task says; an error is returned, for it is raised in its turn."""
     try:
-        rows = rows_of(task.block)
+        found = rows_of(task.block)
     except BlockError as error:
         return error
-    return write_book(posts_of(rows, task.site), len(rows), task.path)
+    posts = posts_of(found.rows, task.site)
+    _note_unreadable(found, posts)
+    return write_book(posts, found.damage, task.path)
 
 
-def _link(row: Row, shelf: Shelf) -> None:
-    post, related = integers([row.get("PostId"), row.get("RelatedPostId")]).to_pylist()
-    if row.get("LinkTypeId") == DUPLICATE and post is not None and related is not None:
-        shelf.add_link(post, related)
+def _note_unreadable(found: Rows, posts: pa.Table) -> None:
+    """Tell of the rows without an Id, which are left out, and of the first that will be for other reasons."""
+    kept = range(len(found.rows))
+    if len(posts) < len(found.rows):
+        has_id = integers([row.get("Id") for row in found.rows]).is_valid().to_pylist()
+        for place in (place for place in kept if not has_id[place]):
+            words = _lacks(found.rows[place], ("Id",))
+            found.damage.drop("row_without_id", found.places[place] + 1, words)
+        kept = [place for place in kept if has_id[place]]
+    kinds = integers([row.get("PostTypeId") for row in found.rows])
+    if kinds.null_count:
+        place = pc.index(kinds.is_valid(), False).as_py()
+        words = _lacks(found.rows[place], ("PostTypeId",))
+        found.damage.note("other_post_type", found.places[place] + 1, words)
+    unreadable = pc.index(posts["what"], "unreadable_row").as_py()
+    if unreadable >= 0:
+        place = kept[unreadable]
+        words = _lacks(found.rows[place], ("Score", "CreationDate", "ParentId"))
+        found.damage.note("unreadable_row", found.places[place] + 1, words)
+
+
+def _lacks(row: Row, names: Sequence[str]) -> str:
+    """Which of its attributes cannot be read: "no readable Score ('many'); it has Id, PostTypeId, Score"."""
+    wrong = [name for name in names if not _is_readable(name, row)]
+    values = ", ".join(f"{name} ({row[name][:40]!r})" if name in row else name for name in wrong)
+    return f"no readable {values}; it has {', '.join(row) or 'no attribute'}"
+
+
+def _is_readable(name: str, row: Row) -> bool:
+    if name == "CreationDate":
+        return re.search(TIME, row.get(name, "")) is not None
+    number = integers([row.get(name)])[0].as_py()
+    if name == "ParentId" and POST_TYPES.get(row.get("PostTypeId", "")) != ANSWER:
+        return True
+    return number is not None and (name != "Score" or abs(number) <= MAX_VOTES)
+
+
+def _read_links(source: Source, shelf: Shelf) -> None:
+    """Put the duplicates that a PostLinks names on the shelf.
+
+    Raises:
+        DumpError: see `tasks.data.dump.read_blocks`; or none of its rows can be read.
+    """
+    damage, good = Damage(), 0
+
+    def take(found: Rows, before: int) -> None:
+        nonlocal good
+        columns = [integers([row.get(name) for row in found.rows]).to_pylist() for name in LINK]
+        for place, row, post, related, kind in zip(found.places, found.rows, *columns, strict=True):
+            if post is None or related is None or kind is None:
+                damage.drop("unreadable_link", before + place + 1, _lacks(row, LINK))
+                continue
+            good += 1
+            if kind == DUPLICATE:
+                shelf.add_link(post, related)
+
+    read_blocks(source, "postlinks", take, damage)
+    refuse_empty(source, "postlinks", good, damage)
+    shelf.link_damage[source.path] = damage
 
 
 def posts_of(rows: list[Row], site: str) -> pa.Table:

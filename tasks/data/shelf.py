@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tasks.data.damage import Damage, total
 from tasks.data.records import Post
 
 CHARACTERS_PER_BOOK = 8_000_000
@@ -51,27 +52,27 @@ LZ4 = pa.ipc.IpcWriteOptions(compression="lz4")
 
 @dataclass(frozen=True, slots=True)
 class Book:
-    """What a shelf knows of some posts: ``Book(Path("work/000007.arrow"), table, 3, 1_200_000)``.
+    """What a shelf knows of some posts: ``Book(Path("work/000007.arrow"), table, 1_200_000, Damage())``.
 
     Attributes:
         path: Arrow file of `POSTS`.
         listed: its columns `LISTED`.
-        without_id: rows that are not in it.
         characters: of its texts.
+        damage: what was lost of the rows that it was made of.
     """
 
     path: Path
     listed: pa.Table
-    without_id: int
     characters: int
+    damage: Damage
 
 
-def write_book(posts: pa.Table, rows: int, path: Path) -> Book:
-    """Write posts of `POSTS`, which come from so many rows."""
+def write_book(posts: pa.Table, damage: Damage, path: Path) -> Book:
+    """Write posts of `POSTS`."""
     with pa.ipc.new_file(path, POSTS, options=LZ4) as file:
         file.write_table(posts)
     characters = pc.sum(pc.utf8_length(posts["text"])).as_py() or 0
-    return Book(path, posts.select(LISTED), rows - len(posts), characters)
+    return Book(path, posts.select(LISTED), characters, damage)
 
 
 class Shelf:
@@ -86,7 +87,8 @@ class Shelf:
         site: whose posts come next.
         rows: taken so far, dropped ones included.
         characters: of all texts.
-        drops: rows without an id, by reason; all others are on the shelf.
+        damage: what was lost of each source, by its path; rows that were left out are not on the shelf.
+        link_damage: the same of its PostLinks.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,7 +98,8 @@ class Shelf:
         self.sites: list[str] = []
         self.site = ""
         self.rows = self.characters = 0
-        self.drops: Counter[str] = Counter()
+        self.damage: dict[Path, Damage] = {}
+        self.link_damage: dict[Path, Damage] = {}
         self._paths = self._listed = 0
         self._waiting: list[dict] = []
         self._size = 0
@@ -132,10 +135,8 @@ class Shelf:
         self._posts.write_table(pa.table(columns, schema=LIST))
         self.books.append((book.path, numbers))
         self._listed += count
-        self.rows += count + book.without_id
+        self.rows += count
         self.characters += book.characters
-        if book.without_id:
-            self.drops["row_without_id"] += book.without_id
 
     def add(self, post: Post) -> None:
         """A question or an answer of `site`."""
@@ -145,10 +146,15 @@ class Shelf:
         if self._size > CHARACTERS_PER_BOOK:
             self.flush()
 
-    def add_drop(self, reason: str) -> None:
-        """A row that cannot be read."""
-        self.drops[reason] += 1
-        self.rows += 1
+    def lose(self, path: Path, damage: Damage) -> None:
+        """What was lost of a source, once it has been read."""
+        self.damage[path] = damage
+        self.rows += damage.drops.total()
+
+    @property
+    def drops(self) -> Counter[str]:
+        """Rows that are not on the shelf, by reason."""
+        return total(self.damage.values()).drops
 
     def add_link(self, a: int, b: int) -> None:
         """Questions a and b of `site` ask the same."""
@@ -160,6 +166,6 @@ class Shelf:
         """Write what was added; to be called before `take`."""
         if self._waiting:
             posts = pa.Table.from_pylist(self._waiting, schema=POSTS)
-            self.take(write_book(posts, len(posts), self.next_path()))
+            self.take(write_book(posts, Damage(), self.next_path()))
         self._links.write_table(pa.Table.from_pylist(self._linked, schema=LINKS))
         self._waiting, self._linked, self._size = [], [], 0

@@ -8,13 +8,15 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import py7zr
 from py7zr.io import Py7zIO, WriterFactory
+
+from tasks.data.sniff import refusal
 
 CHUNK_BYTES = 1 << 18
 OPENERS: dict[str, Callable[[Path], BinaryIO]] = {
@@ -23,10 +25,10 @@ OPENERS: dict[str, Callable[[Path], BinaryIO]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
 }
-SUFFIXES = (*OPENERS, ".7z", ".jsonl", ".parquet")
+SUFFIXES = (*OPENERS, ".7z", ".jsonl", ".json", ".parquet")
 HUB = "hf://datasets/"
 LINKS = re.compile(r"(^|[.-])PostLinks\.(xml|7z)")
-TABLE = re.compile(r"\.(parquet|jsonl(\.(xz|gz|bz2))?)$")
+TABLE = re.compile(r"\.(parquet|jsonl?(\.(xz|gz|bz2))?)$")
 MEMBERS = {"posts": "Posts.xml", "postlinks": "PostLinks.xml"}
 
 Sink = Callable[[bytes], object]
@@ -98,10 +100,22 @@ def find_sources(names: tuple[str, ...], folder: Path) -> list[Source]:
     return [replace(sources[site], links=links.get(site)) for site in sorted(sources)]
 
 
+def refuse_other_files(sources: Iterable[Source]) -> None:
+    """Look at the first bytes of every file, before the first is read.
+
+    Raises:
+        DumpError: one is not what its name says, and what it is: UTF-16, gzip, a Git LFS pointer.
+    """
+    for source in sources:
+        for path in [] if source.hub else filter(None, (source.path, source.links)):
+            if words := refusal(path):
+                raise DumpError(f"{path}: {words}")
+
+
 def site_of(path: Path) -> str:
     """The site: unix.example for `unix.example.7z`, `unix.example.Posts.xml.xz`, `unix.example/Posts.xml`."""
-    stem = re.sub(r"\.(xml|xz|gz|bz2|7z|jsonl|parquet)$", "", path.name)
-    stem = re.sub(r"\.(xml|jsonl)$", "", stem)
+    stem = re.sub(r"\.(xml|xz|gz|bz2|7z|jsonl?|parquet)$", "", path.name)
+    stem = re.sub(r"\.(xml|jsonl?)$", "", stem)
     stem = re.sub(r"(^|[.-])Post(s|Links)$", "", stem)
     return stem or path.absolute().parent.name
 

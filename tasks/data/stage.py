@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from params.schema import Params
 from tasks.data import deal as dealing
 from tasks.data.alike import cluster, overlaps
-from tasks.data.card import Tally, card_of, metrics_of
+from tasks.data.card import Tally, card_of, first_losses, metrics_of
 from tasks.data.deal import Deal, buckets, deal
 from tasks.data.engine import connect
 from tasks.data.join import asked_by_site, join, kept
@@ -28,7 +28,7 @@ from tasks.data.questions import Gather, gather
 from tasks.data.schema import KEYS, SCHEMA
 from tasks.data.shapes import read_shape
 from tasks.data.shelf import Shelf
-from tasks.data.sources import DumpError, Source, find_sources, site_of
+from tasks.data.sources import DumpError, Source, find_sources, refuse_other_files, site_of
 from tasks.data.split import SPLITS, Homes
 from tasks.run.files import remove, staged
 from tasks.run.layout import Layout, StageResult
@@ -76,13 +76,17 @@ def _prepare(
     crew: Crew,
 ) -> dict[str, float]:
     with Shelf(work) as shelf:
+        refuse_other_files(sources)
         sites = {s.path: read_shape(s, shelf) if s.is_table else read_dump(s, shelf, crew) for s in sources}
+    losses = first_losses(shelf)
+    for line in losses:
+        print(f"data: {line}", flush=True)
     if shelf.characters > INLINE_CHARACTERS:
         crew.start()
     drops = join(base, shelf, params.data.min_answers)
     parts, more = convert(base, shelf, params.data.min_answers, crew)
     drops += more
-    _refuse_empty_sources(base, sites, work / "questions.parquet", params.data.min_answers)
+    _refuse_empty_sources(base, sites, shelf, params.data.min_answers)
     clusters = cluster(base, work / "questions.parquet", shelf.links)
     homes = Homes(clusters, {name: getattr(params.data.split, name) for name in SPLITS})
     tally = Tally()
@@ -93,8 +97,8 @@ def _prepare(
         overlap = overlaps(base, files, crew)
         if any(overlap.values()):  # no assert: with PYTHONOPTIMIZE it would not be asked
             raise RuntimeError(f"questions that look alike stand in two splits: {overlap}")
-        metrics = metrics_of(tally, SPLITS, shelf.rows, drops, overlap) | {"moved": float(homes.moved)}
-        card = card_of(tally, SPLITS, metrics, params.data.min_answers)
+        metrics = metrics_of(tally, SPLITS, shelf, drops, overlap) | {"moved": float(homes.moved)}
+        card = card_of(tally, SPLITS, metrics, params.data.min_answers, losses)
         outs.enter_context(staged(layout.artifact("data", "card.md"))).write_text(card, encoding="utf-8")
     return metrics
 
@@ -176,15 +180,18 @@ def _write(
 
 
 def _refuse_empty_sources(
-    base: duckdb.DuckDBPyConnection, sites: dict[Path, set[str]], questions: Path, least: int
+    base: duckdb.DuckDBPyConnection, sites: dict[Path, set[str]], shelf: Shelf, least: int
 ) -> None:
     asked = asked_by_site(base)
-    found = base.execute("SELECT DISTINCT site FROM read_parquet($1)", [str(questions)]).fetchall()
+    questions = str(shelf.folder / "questions.parquet")
+    found = base.execute("SELECT DISTINCT site FROM read_parquet($1)", [questions]).fetchall()
     for path, names in sites.items():
         if names.isdisjoint(site for (site,) in found):
             count = sum(asked.get(name, 0) for name in names)
+            lost = shelf.damage[path].earliest()
             raise DumpError(
                 f"{path}: none of its {count} questions has {least} usable answers (data.min_answers)"
+                + (f"; left out first: {lost}" if lost else "")
             )
 
 

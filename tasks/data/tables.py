@@ -1,9 +1,7 @@
-"""Rows of JSON lines, Parquet files and Hub data sets, as dictionaries, one at a time."""
+"""Rows of JSON, Parquet files and Hub data sets, as dictionaries, one at a time, each with its number."""
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,49 +9,60 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks.data.sources import HUB, OPENERS, DumpError, Source, unpacked
+from tasks.data.damage import LONGEST_ROW, MALFORMED, TOO_LONG, Damage, long_row
+from tasks.data.json_rows import read_json
+from tasks.data.sources import HUB, DumpError, Source
 
 Row = dict[str, Any]
+ROWS_PER_BATCH = 512
 
 
-def read_table(source: Source) -> Iterator[Row]:
-    """The rows of a source, in order.
+def read_table(source: Source, damage: Damage) -> Iterator[tuple[int, Row]]:
+    """The rows of a source that can be decoded, in order; `damage` gets the others.
 
     Raises:
-        DumpError: one line with file and row: damaged, no JSON object, not UTF-8, or not to be had.
+        DumpError: one line with file and row: damaged, in another encoding, or not to be had.
     """
     if source.hub:
-        return _hub(source.hub)
-    return _parquet(source.path) if source.path.suffix == ".parquet" else _json_lines(source.path)
+        return enumerate(_hub(source.hub), start=1)
+    if source.path.suffix == ".parquet":
+        return _parquet(source.path, damage)
+    return read_json(source.path, damage)
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
-    opener = OPENERS.get(path.suffix, OPENERS[".xml"])
-    with opener(path) as file:
-        for number, line in enumerate(io.BufferedReader(unpacked(file, path)), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
-                words = " ".join(str(error).split())
-                raise DumpError(f"{path}: row {number}: not a JSON object in UTF-8 ({words})") from None
-            if not isinstance(row, dict):
-                raise DumpError(f"{path}: row {number}: not a JSON object but {type(row).__name__}")
-            yield row
-
-
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path, damage: Damage) -> Iterator[tuple[int, Row]]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(512):
-                for row in batch.to_pylist():
+            for batch in file.iter_batches(ROWS_PER_BATCH):
+                for row in _rows_of(batch):
                     number += 1
-                    yield row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                    if isinstance(row, tuple):
+                        damage.drop(row[0], number, row[1])
+                    else:
+                        yield number, row
+    except (pa.ArrowException, OSError) as error:
         words = " ".join(str(error).split())
         raise DumpError(f"{path}: row {number + 1}: damaged or no Parquet file ({words})") from None
+
+
+def _rows_of(batch: pa.RecordBatch) -> Iterator[Row | tuple[str, str]]:
+    """Rows, or a reason and words in place of one."""
+    if batch.nbytes <= LONGEST_ROW:
+        try:
+            yield from batch.to_pylist()
+            return
+        except UnicodeDecodeError:
+            pass
+    for place in range(len(batch)):
+        row = batch.slice(place, 1)
+        if row.nbytes > LONGEST_ROW:
+            yield TOO_LONG, long_row()
+            continue
+        try:
+            yield row.to_pylist()[0]
+        except UnicodeDecodeError as error:
+            yield MALFORMED, f"not UTF-8 ({error})"
 
 
 def _hub(name: str) -> Iterator[Row]:

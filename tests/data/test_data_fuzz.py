@@ -10,7 +10,7 @@ import pytest
 from params.schema import Params
 from tasks.data import run
 
-ROUNDS = 60
+ROUNDS = 40
 SUFFIXES = (".Posts.xml", ".Posts.xml.xz", ".7z")
 
 

@@ -1,4 +1,6 @@
+import gzip
 import hashlib
+import lzma
 
 import py7zr
 import pyarrow as pa
@@ -153,10 +155,22 @@ def test_min_answers(layout, two_sites):
 BAD = {
     "truncated": (lambda text: text[: len(text) // 2], r"row 91: not a well-formed"),
     "doctype": (lambda text: text.replace(b"<posts>", b"<!DOCTYPE posts><posts>"), "declares a DOCTYPE"),
-    "encoding": (lambda text: text.replace(b"Answer 2.", b"Answer \xe9."), "row 2: not a well-formed UTF-8"),
+    "encoding": (lambda text: text.replace(b"Answer ", b"R\xe9ponse "), "row 2: not a well-formed UTF-8"),
     "no dump": (lambda text: text.replace(b"posts>", b"users>"), "<users> instead of <posts>"),
     "lonely": (lambda text: text.replace(b'ParentId="', b'ParentId="999'), "none of its 60 questions has 2"),
-    "empty": (lambda text: b"", "not a well-formed"),
+    "empty": (lambda text: b"", "is empty"),
+    "no ids": (
+        lambda text: text.replace(b" Id=", b" id="),
+        "none of its 180 rows can be read; row 1: no readable Id",
+    ),
+    "no kinds": (
+        lambda text: text.replace(b"PostTypeId=", b"Type="),
+        "left out first: row 1: no readable PostTypeId",
+    ),
+    "no votes": (
+        lambda text: text.replace(b"Score=", b"score="),
+        "left out first: row 1: no readable Score; it has",
+    ),
 }
 
 
@@ -170,6 +184,85 @@ def test_bad_input_is_one_line_and_leaves_earlier_outs(layout, two_sites, xml, s
     with pytest.raises(ValueError, match=rf"^\S*zoo\.example\.Posts\.xml: [^\n]*{message}[^\n]*$"):
         run(params(*two_sites.data.source, path.name), layout)
     assert outs(layout) == before
+
+
+def test_what_is_lost_while_reading_is_counted_and_said(layout, xml, site, capsys):
+    """One bad character, byte, row or link of a site is lost alone; the rest comes out as without it."""
+    raw = layout.root / "data" / "raw"
+    good, links = (
+        xml(site(60)),
+        xml([{"PostId": 1, "RelatedPostId": 4, "LinkTypeId": 3}] * 9, root="postlinks"),
+    )
+    (raw / "a.example.Posts.xml").write_bytes(good)
+    run(params("a.example.Posts.xml"), layout)
+    before = outs(layout)
+    bad = good.replace(b"Answer 2.", b"Answer &#x0E;2.").replace(b"Answer 3.", b"An\x00swer 3.")
+    bad = bad.replace(b"</posts>", b'<row Id="5000" PostTypeId="2" & />\n</posts>')
+    (raw / "a.example.Posts.xml").write_bytes(bad)
+    metrics = run(params("a.example.Posts.xml"), layout).metrics
+    assert {k: v for k, v in outs(layout).items() if k != "card.md"} == {
+        k: v for k, v in before.items() if k != "card.md"
+    }
+    assert (metrics["dropped_characters"], metrics["drops/malformed_row"]) == (2, 1)
+    said = "a.example.Posts.xml: row 181: not well-formed"
+    assert f"data: {said}" in capsys.readouterr().out
+    card = layout.artifact("data", "card.md").read_text()
+    assert f"\n- {said}" in card
+    assert "\n- characters that XML forbids, dropped: 2\n" in card
+    assert "\n| row that is no well-formed XML, no JSON object, or cannot be decoded | 1 |\n" in card
+    damaged = links.replace(b'<row PostId="1"', b'<row PostId="one"', 1)
+    damaged = damaged.replace(b'LinkTypeId="3" />', b'LinkTypeId="3" X="&#1;" />', 1).replace(
+        b"</post", b"<row &/></post"
+    )
+    (raw / "a.example.PostLinks.xml").write_bytes(damaged)
+    with_links = params("a.example.Posts.xml", "a.example.PostLinks.xml")
+    metrics = run(with_links, layout).metrics
+    assert (metrics["dropped_characters"], metrics["dropped_links"]) == (3, 2)
+    assert metrics["rows"] == metrics["questions"] + metrics["answers"] + sum(
+        value for key, value in metrics.items() if key.startswith("drops/")
+    )
+    for bad, words in (
+        (
+            links.replace(b"RelatedPostId", b"relatedpostid"),
+            "none of its 9 rows can be read; row 1: no readable Rel",
+        ),
+        (links.decode().encode("utf-16"), "is UTF-16 text"),
+        (links.replace(b"postlinks", b"links"), "no dump of postlinks: <links> instead of <postlinks>"),
+    ):
+        (raw / "a.example.PostLinks.xml").write_bytes(bad)
+        with pytest.raises(ValueError, match=rf"^\S*a\.example\.PostLinks\.xml: [^\n]*{words}[^\n]*$"):
+            run(with_links, layout)
+
+
+OTHER_FILES = {
+    "a.example.7z": (
+        b"version https://git-lfs.github.com/spec/v1\n",
+        "is a Git LFS pointer: the file itself was not",
+    ),
+    "a.example.Posts.xml.xz": (b"<html><body>404</body></html>", "is an HTML page"),
+    "a.example.Posts.xml.gz": (lzma.compress(b"<posts/>"), r"is xz under the name of a \.gz file"),
+    "a.example.Posts.xml.bz2": (b"<posts/>", "is no bzip2, or damaged from its first byte on"),
+    "a.example.Posts.xml": (
+        b"7z\xbc\xaf\x27\x1c" + bytes(99),
+        r"is a 7z archive under the name of an \.xml file",
+    ),
+    "my.parquet": (b"", "is empty"),
+    "my.jsonl": ('{"prompt": "a"}\n'.encode("utf-16"), "is UTF-16 text"),
+    "my.jsonl.gz": (gzip.compress(gzip.compress(b"{}")), "its content is gzip, no JSON"),
+    "b.example.Posts.xml.gz": (
+        gzip.compress("<posts/>".encode("utf-16")),
+        "its content is UTF-16 text; no dump",
+    ),
+    "my.json": (b"PAR1" + bytes(99), r"is Parquet under the name of a \.json file"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_a_file_that_is_something_else_is_called_by_its_name(layout, xml, site, name):
+    content, words = OTHER_FILES[name]
+    (layout.root / "data/raw" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^\S*{name}: {words}[^\n]*$"):
+        run(params(name), layout)
 
 
 def test_missing_file_and_empty_list(layout):

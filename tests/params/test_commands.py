@@ -120,13 +120,14 @@ def test_links_of_posts_come_with_them(project, dumps):
 
 
 def test_preference_data_and_names_on_the_hub(project, dumps):
-    for name in ("mine.jsonl", "mine2.jsonl.gz", "mine3.parquet"):
+    names = ["mine.jsonl", "mine2.jsonl.gz", "mine3.parquet", "mine4.json"]
+    for name in names:
         (dumps / name).write_text(name)
     hub = "hf://datasets/owner/name@v1"
-    value = f"{dumps / 'mine.jsonl'},{hub},{dumps / 'mine2.jsonl.gz'},{dumps / 'mine3.parquet'}"
+    value = ",".join([hub, *(str(dumps / name) for name in names)])
     assert main(["use", "stack_exchange", f"data.source={value}"]) == 0
-    assert read().data.source == ("mine.jsonl", "mine2.jsonl.gz", "mine3.parquet", hub)
-    assert sorted(links("data/raw")) == ["mine.jsonl", "mine2.jsonl.gz", "mine3.parquet"]
+    assert read().data.source == (*names, hub)
+    assert sorted(links("data/raw")) == names
     assert main(["use", "stack_exchange", f"data.source={hub}"]) == 0
     assert (read().data.source, links("data/raw")) == ((hub,), {})
     assert main(["check"]) == 0
