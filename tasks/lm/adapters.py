@@ -11,6 +11,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from tasks.lm.adapter_kinds import check_kind, rewrites
 from tasks.lm.quantized import is_quantized
 from tasks.lm.switching import POLICY, REFERENCE, add_named, at_work_on, weights_of
 
@@ -30,8 +31,8 @@ def add_adapter(model: nn.Module, rank: int = 8, alpha: float = 16.0, config=Non
             another one peft would freeze the fresh score head.
 
     Raises:
-        ValueError: the model has an adapter already, or the configuration is of a prompt-learning method,
-            whose virtual tokens no forest knows.
+        ValueError: the model has an adapter already, or the configuration is of one that is not served
+            (:func:`tasks.lm.adapter_kinds.check_kind`).
     """
     from peft import TaskType, get_peft_model, prepare_model_for_kbit_training
 
@@ -56,8 +57,14 @@ def stack_adapter(model, config) -> None:
         config: a peft configuration.
 
     Raises:
-        ValueError: as :func:`add_adapter`.
+        ValueError: as :func:`add_adapter`, or an initialisation that would move the base from under the
+            lower adapter.
     """
+    if init := rewrites(config):
+        raise ValueError(
+            f"peft_config: init_lora_weights={init!r} would move the base from under the adapter that is "
+            "there; merge that one first, or take 'eva' or 'orthogonal'"
+        )
     add_named(model, POLICY, _checked(config), draws=True)
     model.base_model.set_adapter([REFERENCE, POLICY])
     for parameter in weights_of(model, REFERENCE).values():
@@ -65,8 +72,7 @@ def stack_adapter(model, config) -> None:
 
 
 def _checked(config):
-    if config.is_prompt_learning:
-        raise ValueError(f"peft_config: {type(config).__name__} adds virtual tokens, which no forest serves")
+    check_kind(config)
     return config
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tasks.lm.adapter_kinds import check_adapters
 from tasks.lm.forest import (
     Forest,
     Segment,
@@ -49,8 +50,9 @@ def check_scorer(model) -> None:
     """Refuse what gives no score.
 
     Raises:
-        ValueError: no sequence-classification model, or more labels than one.
+        ValueError: no sequence-classification model, more labels than one, or an adapter that is not served.
     """
+    check_adapters(model)
     bare = unwrapped(model)
     name, labels = type(bare).__name__, getattr(bare.config, "num_labels", None)
     if "ForSequenceClassification" not in name or labels != 1:

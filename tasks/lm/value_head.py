@@ -44,7 +44,7 @@ class ModelWithValueHead(ScoredByAdapter):
             leave alone (:class:`tasks.lm.critic.ValueBranch`); 0: the model's last states.
 
     Raises:
-        ValueError: a model of another kind, prompt learning, an unknown strategy, or a k that the model has
+        ValueError: a model of another kind, an adapter that is not served, an unknown strategy, or a k that the model has
             not.
     """
 
@@ -62,9 +62,6 @@ class ModelWithValueHead(ScoredByAdapter):
     ) -> None:
         super().__init__()
         self.check(pretrained_model)
-        adapter = getattr(pretrained_model, "active_peft_config", None)
-        if adapter is not None and adapter.is_prompt_learning:
-            raise ValueError(f"pretrained_model: {type(adapter).__name__} adds virtual tokens; PPO has none")
         self.pretrained_model, self.config = pretrained_model, pretrained_model.config
         self.is_peft_model = has_adapter(pretrained_model)
         if summary_dropout_prob is None:
