@@ -20,8 +20,8 @@ REFUSED = {  # types of peft, and what keeps them from being what they say
     "XLORA": "it runs every batch twice to choose among adapters",
 }
 ADAPTIVE = {  # types that need a call after each step
-    "ADALORA": "its ranks follow a schedule (update_and_allocate) and its loss has a further term; no trainer "
-    "here gives these, so that it would be a plain LoRA of too high a rank",
+    "ADALORA": "its ranks follow a schedule (update_and_allocate) and its loss has a further term; no "
+    "trainer here gives these, so that it would be a plain LoRA of too high a rank",
 }
 OPTIONS = {  # of a LoraConfig
     "alora_invocation_tokens": "is looked for in a row of one document, and rows here hold several",
@@ -63,7 +63,7 @@ def check_kind(config: Any, learns: bool = True, key: str = "peft_config") -> No
     if init is not None and init not in REPEATABLE:
         raise ValueError(
             f"{key}: init_lora_weights={init!r} cuts out of the base what cannot be cut out again when the "
-            "adapter is loaded; take 'pissa' or 'olora', or one that leaves the base alone ('eva', 'orthogonal')"
+            "adapter is loaded; take 'pissa' or 'olora', or 'eva' or 'orthogonal', which leave the base alone"
         )
 
 

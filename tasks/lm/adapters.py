@@ -115,7 +115,13 @@ def merge_checked(model, documents: Sequence[Sequence[int]], tolerance: float = 
             "bits; load the base in float32 or bfloat16 and merge there (tasks.lm.adapters.merge_onto)"
         )
     wanted = _outputs(model, documents)
-    merged = causal.merge_and_unload(safe_merge=True)
+    try:
+        merged = causal.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, RuntimeError) as error:  # a bias that the layer has not, and the like
+        what = " ".join(str(error).split())
+        raise ValueError(
+            f"the adapter of {type(causal.get_base_model()).__name__} cannot merge: {what}"
+        ) from error
     if causal is not model:
         model.take_merged(merged)
     for name, before, after in zip(

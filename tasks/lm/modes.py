@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 from torch import nn
 
@@ -24,3 +26,14 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def in_evaluation(method: Callable) -> Callable:
+    """A method of what has a `model` and a `ref_model`, run with both :func:`evaluating`."""
+
+    @wraps(method)
+    def evaluated(self: Any, *args: Any, **keys: Any) -> Any:
+        with evaluating(self.model, self.ref_model):
+            return method(self, *args, **keys)
+
+    return evaluated

@@ -1,8 +1,8 @@
 """An adapter that has cut a part out of its base, as a plain LoRA adapter over the base as it was.
 
 PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) begin with s·B₀A₀, which they take from the base:
-W = W′ + s·B₀A₀. What was learnt is s·(BA − B₀A₀), of twice the rank, and stands on W itself. A file holds A and
-B; A₀ and B₀ follow from W.
+W = W′ + s·B₀A₀. What was learnt is s·(BA − B₀A₀), of twice the rank, and stands on W itself. A file holds A
+and B; A₀ and B₀ follow from W.
 """
 
 from __future__ import annotations

@@ -187,8 +187,8 @@ def _check_copy(model, names: Sequence[str], copies: Sequence[str]) -> None:
     if not far <= (SAME if table.dtype == torch.float32 else 1e-2):
         take_off(model, REFERENCE)
         raise ValueError(
-            f"ref_model: a copy of the adapter {', '.join(names)} differs from it by {far:.2e} of the largest "
-            "logit; give ref_model=create_reference_model(model)"
+            f"ref_model: a copy of the adapter {', '.join(names)} differs from it by {far:.2e} of the "
+            "largest logit; give ref_model=create_reference_model(model)"
         )
 
 

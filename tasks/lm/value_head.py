@@ -44,8 +44,8 @@ class ModelWithValueHead(ScoredByAdapter):
             leave alone (:class:`tasks.lm.critic.ValueBranch`); 0: the model's last states.
 
     Raises:
-        ValueError: a model of another kind, an adapter that is not served, an unknown strategy, or a k that the model has
-            not.
+        ValueError: a model of another kind, an adapter that is not served, an unknown strategy, or a k
+            that the model has not.
     """
 
     check: Callable[[nn.Module], None]  # refuses a model of another kind
@@ -117,6 +117,8 @@ class ModelWithValueHead(ScoredByAdapter):
                 model object, a key for loading beside one, a reward adapter of another base or without a
                 score head, a quantised base where none can run; and as the class.
         """
+        if taken := sorted(keys.keys() & {"key", "load"}):  # words of the loaders below
+            raise ValueError(f"{taken[0]}: no argument of from_pretrained")
         own = {name: keys.pop(name) for name in cls.__init__.__kwdefaults__ if name in keys}
         dtype = torch_dtype if dtype is None else dtype
         if isinstance(base, nn.Module):
