@@ -131,7 +131,9 @@ def put_on(model, saved: SavedAdapter, name: str, trains: bool = False):
     parameters = weights_of(model, name)
     try:
         loaded = set_peft_model_state_dict(model, {**saved.tensors, **heads}, adapter_name=name)
-        strange = [*loaded.unexpected_keys, *(n for n in loaded.missing_keys if n in parameters)]
+        missing = parameters.keys() & set(loaded.missing_keys)
+        found = {id(p) for n, p in parameters.items() if n not in missing}  # layers may share one parameter
+        strange = [*loaded.unexpected_keys, *sorted(n for n in missing if id(parameters[n]) not in found)]
     except RuntimeError as error:  # a rank that is not the configuration's
         strange = [" ".join(str(error).split())]
     if strange:
