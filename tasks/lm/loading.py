@@ -173,7 +173,8 @@ def _load(auto, base: str | Path, key: str = "model.base", dtype=None, **keys):
     from safetensors import SafetensorError
 
     check_keys(keys, key)
-    dtype = dtype or keys.pop("torch_dtype", None)
+    older = keys.pop("torch_dtype", None)
+    dtype = dtype or older
     folder = Path(base)
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise ValueError(f"{key}: the folder {base} holds no *.safetensors weights")

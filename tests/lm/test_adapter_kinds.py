@@ -37,8 +37,7 @@ OF_KIND = {  # what a type wants beside its target modules
 }  # fmt: skip
 NO_MERGE = {"BEFT"}  # of a layer without a bias
 IDS = torch.tensor([[5, 6, 7, 8, 9, 3]])
-INITS = typing.get_args({f.name: typing.get_type_hints(LoraConfig)[f.name] for f in dataclasses.fields(LoraConfig)}[
-    "init_lora_weights"])  # fmt: skip
+INITS = typing.get_args(typing.get_type_hints(LoraConfig)["init_lora_weights"])
 NAMED = [name.replace("[number of iters]", "4") for part in INITS for name in typing.get_args(part)]
 
 
@@ -77,10 +76,9 @@ def logits(model, ids=IDS):
 
 def keeps(model, base) -> bool:
     """Whether every weight of the base stands in the model to the bit."""
-    held = {id(t): t for _, t in model.named_parameters(remove_duplicate=False)}.values()
-    return all(
-        any(t.shape == w.shape and torch.equal(t, w) for t in held) for w in loaded(base).state_dict().values()
-    )
+    held = list(model.parameters())
+    wanted = loaded(base).state_dict().values()
+    return all(any(t.shape == w.shape and torch.equal(t, w) for t in held) for w in wanted)
 
 
 @pytest.mark.parametrize("kind", sorted(k for k in KINDS if is_refused(k)))
@@ -130,13 +128,13 @@ def test_a_type_is_exact_and_leaves_the_base_alone(kind, base, tmp_path):
     with torch.no_grad():
         assert tiny.far(run_forest(model, pair).logits[0, :6], later[0]) < 1e-5
     if kind in NO_MERGE:
-        with pytest.raises(ValueError, match="cannot merge|cannot be merged|has no bias"):
+        with pytest.raises(ValueError, match="Base layer has no bias, cannot merge"):
             merge_checked(model, [IDS[0].tolist()])
     else:
         assert tiny.far(logits(merge_checked(model, [IDS[0].tolist()])), later) < 1e-4
 
 
-@pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"use_rslora": True}, "patterns"])
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}, "patterns"])
 @pytest.mark.parametrize("init", [True, False, *NAMED])
 def test_an_initialisation_is_exact_or_refused(init, more, base, tmp_path):
     """A user's own model and `peft_config`: the reference is what the policy was, and files bring it back."""
@@ -192,7 +190,7 @@ def test_a_reward_adapter_that_was_cut_out_of_the_base(init, kind, tmp_path):
     assert tiny.far(again(input_ids=IDS).logits[0, 0], wanted) < 1e-5
     cut = Valued.from_pretrained(base, peft_config=lora(init_lora_weights=init))
     before = logits(cut.pretrained_model)
-    with pytest.raises(ValueError, match="is of the base as it was, and the adapter default .*load it from its"):
+    with pytest.raises(ValueError, match=r"is of the base as it was, and the adapter default .*merge it"):
         Valued.from_pretrained(
             base, peft_config=lora(init_lora_weights=init), reward_adapter=tmp_path / "reward"
         )
@@ -220,7 +218,7 @@ def test_an_initialisation_that_nobody_has_heard_of_is_refused():
 def test_an_option_that_is_not_served_is_refused(option):
     config = lora(target_modules=["q_proj"])
     setattr(config, option, [(0, 2), (1, 2)])
-    with pytest.raises(ValueError, match=f"peft_config: {option} is not served: it .*; leave it out") as found:
+    with pytest.raises(ValueError, match=f"peft_config: {option} is not served: it .*; leave") as found:
         add_adapter(tiny.causal(), config=config)
     assert "\n" not in str(found.value)
 
@@ -228,7 +226,7 @@ def test_an_option_that_is_not_served_is_refused(option):
 def test_an_adapter_that_transformers_put_on_is_refused():
     model = tiny.causal()
     model.add_adapter(lora(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="by transformers' own add_adapter; put it on with peft.get_peft_model"):
+    with pytest.raises(ValueError, match=r"by transformers' own add_adapter; put it on with peft\."):
         Valued.from_pretrained(model)
 
 
