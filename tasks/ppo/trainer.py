@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from params.schema import PPOConfig
+from tasks.lm.adapter_kinds import check_adapters
 from tasks.lm.checkpointing import recompute_blocks
 from tasks.lm.forest import serve_forest, unwrapped
 from tasks.lm.freezing import blocks_of, freeze_layers
@@ -649,6 +650,7 @@ def _check_models(model, ref_model, tokenizer) -> None:
     other = unwrapped(_causal(ref_model)) if isinstance(ref_model, nn.Module) else None
     if getattr(other, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(f"ref_model must be a language model, not {type(ref_model).__name__}")
+    check_adapters(_causal(ref_model), "ref_model")
     if _causal(ref_model) is _causal(model):
         raise ValueError("ref_model is the model itself, which would move with it; leave it out for a copy")
     names = [type(unwrapped(_causal(each))).__name__ for each in (model, ref_model)]

@@ -1,6 +1,8 @@
-"""A user's own PeftModel at the door of each trainer: it works, and is saved, or one sentence says why not."""
+"""A user's own PeftModel at the door of each trainer: it works and is saved, or one sentence says why not."""
 
 from __future__ import annotations
+
+from copy import deepcopy
 
 import pytest
 import tiny
@@ -12,7 +14,7 @@ from peft import AdaLoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tasks.lm import AutoModelForCausalLMWithValueHead as Valued
 from tasks.lm.adapters import merge_checked
 from tasks.lm.switching import at_work
-from tasks.lm.trunk import frozen_depth
+from tasks.lm.trunk import Hydra, frozen_depth
 from tasks.reward import RewardConfig, RewardTrainer
 from tasks.sft import SFTConfig, SFTTrainer
 
@@ -38,7 +40,9 @@ PAIRS = [{"chosen_ids": a["input_ids"], "rejected_ids": b}
 KEYS = {"max_steps": 2, "learning_rate": 1e-2, "use_cpu": True, "save_strategy": "no", "report_to": []}
 IDS = torch.tensor([[5, 6, 7, 8, 9, 3]])
 REFUSED = {
-    "PromptTuningConfig adds virtual tokens": lambda task: PromptTuningConfig(num_virtual_tokens=2, task_type=task),
+    "PromptTuningConfig adds virtual tokens": lambda task: PromptTuningConfig(
+        num_virtual_tokens=2, task_type=task
+    ),
     "AdaLoraConfig is not served: its ranks follow a schedule": lambda task: AdaLoraConfig(
         total_step=10, target_modules=["q_proj"], task_type=task
     ),
@@ -115,9 +119,24 @@ def test_what_cannot_be_served_is_refused_at_every_door(match, tmp_path):
         assert "\n" not in str(found.value)
 
 
-def test_tokens_that_learn_are_no_frozen_trunk():
-    for keys in ({"trainable_token_indices": [5]}, {"modules_to_save": ["embed_tokens"]}):
-        config = lora(target_modules=["q_proj"], layers_to_transform=[1], **keys)
-        assert frozen_depth(get_peft_model(tiny.causal(), config)) == 0
-    config = lora(target_modules=["q_proj"], layers_to_transform=[1])
-    assert frozen_depth(get_peft_model(tiny.causal(), config)) == 1
+@pytest.mark.parametrize(
+    "keys",
+    [{"trainable_token_indices": [5]}, {"modules_to_save": ["embed_tokens"]}, {"embeddings": True}, {}],
+)
+def test_embeddings_that_learn_are_no_frozen_trunk(keys):
+    """What peft keeps in dictionaries runs below the blocks as well; a memory of the trunk would be stale."""
+    last = r"model\.layers\.1\.self_attn\.q_proj"
+    keys = dict(keys)
+    targets = rf".*({last}|embed_tokens)" if keys.pop("embeddings", False) else f".*{last}"
+    model = get_peft_model(tiny.causal(), lora(target_modules=targets, **keys))
+    is_frozen = targets == f".*{last}" and not keys
+    assert frozen_depth(model) == int(is_frozen)
+    ppo, other = (
+        trainer(given={"model": Valued.from_pretrained(each), "ref_model": None})
+        for each in (model, deepcopy(model))
+    )
+    other.hydra = Hydra()
+    for seed in range(2):
+        found, wanted = (each.step(*batch(seed=seed)) for each in (ppo, other))
+        assert found["ppo/loss/total"] == pytest.approx(wanted["ppo/loss/total"], rel=1e-4, abs=1e-6)
+        assert (found["rollout/trunk_megabytes"] > 0) is is_frozen
