@@ -10,8 +10,10 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from tasks.lm.adapter_kinds import check_kind, rewrites
+from tasks.lm.forest import unwrapped
 from tasks.lm.quantized import is_quantized
 from tasks.lm.switching import POLICY, REFERENCE, add_named, at_work_on, weights_of
 
@@ -32,13 +34,14 @@ def add_adapter(model: nn.Module, rank: int = 8, alpha: float = 16.0, config=Non
 
     Raises:
         ValueError: the model has an adapter already, or the configuration is of one that is not served
-            (:func:`tasks.lm.adapter_kinds.check_kind`).
+            (:func:`tasks.lm.adapter_kinds.check_kind`), or not on this base.
     """
     from peft import TaskType, get_peft_model, prepare_model_for_kbit_training
 
     if has_adapter(model):
         raise ValueError("the model has an adapter already; merge it first")
     config = deepcopy(_checked(config or lora(rank, alpha)))  # peft writes into it
+    _check_cut(model, config)
     if is_quantized(model):
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     has_head = any(isinstance(getattr(model, name, None), nn.Module) for name in HEADS)
@@ -74,6 +77,17 @@ def stack_adapter(model, config) -> None:
 def _checked(config):
     check_kind(config)
     return config
+
+
+def _check_cut(model: nn.Module, config) -> None:
+    """Refuse an initialisation that cannot cut a part out of this base, or would cut another one out."""
+    init, name = rewrites(config), type(unwrapped(model)).__name__
+    if init and is_quantized(model):
+        raise ValueError(
+            f"peft_config: init_lora_weights={init!r} would round {name}, which is quantised, again"
+        )
+    if init == "olora" and any(isinstance(module, Conv1D) for module in model.modules()):
+        raise ValueError(f"peft_config: init_lora_weights='olora' does not fit {name}'s layers; take 'pissa'")
 
 
 def lora(rank: int, alpha: float):

@@ -14,7 +14,7 @@ import peft
 import pytest
 import tiny
 import torch
-from adapted import lora, moved, saved_base, saved_scorer
+from adapted import copied, lora, moved, rounded, same_state, saved_base, saved_scorer
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -239,3 +239,32 @@ def test_a_copy_that_says_something_else_is_taken_off_again(monkeypatch):
         reference_adapters(model)
     assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
     assert any(p.requires_grad for p in model.parameters()) and model.active_adapters == ["default"]
+
+
+@pytest.mark.parametrize("init", REPEATABLE)
+def test_a_base_that_gives_no_part_of_itself_is_refused(init):
+    config, quantised = lora(init_lora_weights=init), rounded(tiny.causal())
+    before = copied(quantised)
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}' would round LlamaForCausalLM"):
+        add_adapter(quantised, config=config)
+    assert same_state(quantised, before)
+    if init == "olora":
+        with pytest.raises(ValueError, match="'olora' does not fit GPT2LMHeadModel's layers; take 'pissa'"):
+            add_adapter(tiny.causal("gpt2"), config=config)
+
+
+def test_a_tied_adapter_that_cannot_be_copied_is_said(base):
+    """One LoRA for the two layers of one table: peft's second adapter is not tied as the first."""
+    config = lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    model = moved(get_peft_model(tiny.causal(tie_word_embeddings=True), config))
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"ref_model: .*; give ref_model=create_reference_model\(model\)"):
+        reference_adapters(model)
+    assert torch.equal(logits(model), before) and list(model.peft_config) == ["default"]
+
+
+def test_a_refusal_of_pefts_own_is_said_as_ours():
+    model = moved(get_peft_model(tiny.causal(), lora(bias="lora_only")))
+    with pytest.raises(ValueError, match=r"ref_model: the adapter default cannot be copied .*; give ref_model="):
+        reference_adapters(model)
+    assert list(model.peft_config) == ["default"]
