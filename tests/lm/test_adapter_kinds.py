@@ -265,6 +265,6 @@ def test_a_tied_adapter_that_cannot_be_copied_is_said(base):
 
 def test_a_refusal_of_pefts_own_is_said_as_ours():
     model = moved(get_peft_model(tiny.causal(), lora(bias="lora_only")))
-    with pytest.raises(ValueError, match=r"ref_model: the adapter default cannot be copied .*; give ref_model="):
+    with pytest.raises(ValueError, match=r"the adapter default cannot be copied .*; give ref_model="):
         reference_adapters(model)
     assert list(model.peft_config) == ["default"]
