@@ -41,10 +41,10 @@ def saved_policy(folder: Path, base: Path):
     return model
 
 
-def saved_scorer(folder: Path, base: Path, **keys):
+def saved_scorer(folder: Path, base: Path, adapter=None, **keys):
     """A reward adapter's folder, with its score head, and the model it was saved from."""
     plain = AutoModelForSequenceClassification.from_pretrained(base, **{"num_labels": 1, **keys})
-    model = moved(add_adapter(plain, config=lora()), 4).eval()
+    model = moved(add_adapter(plain, config=adapter or lora()), 4).eval()
     model.save_pretrained(folder)
     return model
 

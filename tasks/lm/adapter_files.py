@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tasks.lm.adapter_kinds import check_kind, rewrites
 from tasks.lm.forest import unwrapped
 from tasks.lm.hub import find_file
+from tasks.lm.plain_lora import plain_lora
 from tasks.lm.switching import add_named, take_off, weights_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
@@ -55,7 +57,7 @@ def read_adapter(
         token: for the Hub.
 
     Raises:
-        ValueError: no adapter there, or files that cannot be read.
+        ValueError: no adapter there, files that cannot be read, or an adapter that is not served.
     """
     from peft import PeftConfig
 
@@ -68,8 +70,7 @@ def read_adapter(
         config, tensors = PeftConfig.from_pretrained(str(paths[0].parent)), load_file(paths[1])
     except (SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{key}: the adapter in {base} cannot be read: {error}") from error
-    if config.is_prompt_learning:
-        raise ValueError(f"{key}: {type(config).__name__} in {base} adds virtual tokens; LoRA is wanted")
+    check_kind(config, learns=False, key=f"{key}: {base}")
     head = {found[1]: value for name, value in tensors.items() if (found := _HEAD.search(name))}
     rest = {name: value for name, value in tensors.items() if not _HEAD.search(name)}
     return SavedAdapter(f"{key}: the adapter in {base}", paths[0].parent, config, rest, head)
@@ -98,15 +99,23 @@ def check_base(model: nn.Module, saved: SavedAdapter) -> None:
 def put_on(model, saved: SavedAdapter, name: str, trains: bool = False):
     """A saved adapter on a model, or beside those that a peft model has; it is at work only on a bare one.
 
+    The base stays what it is: one whose initialisation had moved it comes as a plain adapter
+    (:mod:`tasks.lm.plain_lora`).
+
     Returns:
         The peft model.
 
     Raises:
-        ValueError: as :func:`check_base`, or a name that a module or another adapter has.
+        ValueError: as :func:`check_base`, a name that a module or another adapter has, or a base that an
+            adapter which is there has moved.
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
     check_base(model, saved)
+    _check_unmoved(model, saved)
+    if rewrites(saved.config):
+        config, tensors = plain_lora(model, saved.config, saved.tensors)
+        saved = replace(saved, config=config, tensors=tensors)
     config, bare = deepcopy(saved.config), unwrapped(model)
     has_head = any(isinstance(getattr(bare, head, None), nn.Module) for head in HEADS)
     speaks = "SEQ_2_SEQ_LM" if bare.config.is_encoder_decoder else "CAUSAL_LM"
@@ -122,7 +131,9 @@ def put_on(model, saved: SavedAdapter, name: str, trains: bool = False):
     parameters = weights_of(model, name)
     try:
         loaded = set_peft_model_state_dict(model, {**saved.tensors, **heads}, adapter_name=name)
-        strange = [*loaded.unexpected_keys, *(n for n in loaded.missing_keys if n in parameters)]
+        missing = parameters.keys() & set(loaded.missing_keys)
+        found = {id(p) for n, p in parameters.items() if n not in missing}  # layers may share one parameter
+        strange = [*loaded.unexpected_keys, *sorted(n for n in missing if id(parameters[n]) not in found)]
     except RuntimeError as error:  # a rank that is not the configuration's
         strange = [" ".join(str(error).split())]
     if strange:
@@ -131,6 +142,15 @@ def put_on(model, saved: SavedAdapter, name: str, trains: bool = False):
     for parameter in parameters.values():
         parameter.requires_grad_(trains)
     return model
+
+
+def _check_unmoved(model: nn.Module, saved: SavedAdapter) -> None:
+    for name, config in getattr(model, "peft_config", {}).items():
+        if init := rewrites(config):
+            raise ValueError(
+                f"{saved.name} is of the base as it was, and the adapter {name} (init_lora_weights={init!r}) "
+                "has moved a part of it into itself; save that one and load it from its folder, or merge it"
+            )
 
 
 def write_adapter(

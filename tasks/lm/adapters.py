@@ -10,7 +10,10 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from tasks.lm.adapter_kinds import check_kind, rewrites
+from tasks.lm.forest import unwrapped
 from tasks.lm.quantized import is_quantized
 from tasks.lm.switching import POLICY, REFERENCE, add_named, at_work_on, weights_of
 
@@ -30,14 +33,15 @@ def add_adapter(model: nn.Module, rank: int = 8, alpha: float = 16.0, config=Non
             another one peft would freeze the fresh score head.
 
     Raises:
-        ValueError: the model has an adapter already, or the configuration is of a prompt-learning method,
-            whose virtual tokens no forest knows.
+        ValueError: the model has an adapter already, or the configuration is of one that is not served
+            (:func:`tasks.lm.adapter_kinds.check_kind`), or not on this base.
     """
     from peft import TaskType, get_peft_model, prepare_model_for_kbit_training
 
     if has_adapter(model):
         raise ValueError("the model has an adapter already; merge it first")
     config = deepcopy(_checked(config or lora(rank, alpha)))  # peft writes into it
+    _check_cut(model, config)
     if is_quantized(model):
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     has_head = any(isinstance(getattr(model, name, None), nn.Module) for name in HEADS)
@@ -56,8 +60,14 @@ def stack_adapter(model, config) -> None:
         config: a peft configuration.
 
     Raises:
-        ValueError: as :func:`add_adapter`.
+        ValueError: as :func:`add_adapter`, or an initialisation that would move the base from under the
+            lower adapter.
     """
+    if init := rewrites(config):
+        raise ValueError(
+            f"peft_config: init_lora_weights={init!r} would move the base from under the adapter that is "
+            "there; merge that one first, or take 'eva' or 'orthogonal'"
+        )
     add_named(model, POLICY, _checked(config), draws=True)
     model.base_model.set_adapter([REFERENCE, POLICY])
     for parameter in weights_of(model, REFERENCE).values():
@@ -65,9 +75,19 @@ def stack_adapter(model, config) -> None:
 
 
 def _checked(config):
-    if config.is_prompt_learning:
-        raise ValueError(f"peft_config: {type(config).__name__} adds virtual tokens, which no forest serves")
+    check_kind(config)
     return config
+
+
+def _check_cut(model: nn.Module, config) -> None:
+    """Refuse an initialisation that cannot cut a part out of this base, or would cut another one out."""
+    init, name = rewrites(config), type(unwrapped(model)).__name__
+    if init and is_quantized(model):
+        raise ValueError(
+            f"peft_config: init_lora_weights={init!r} would round {name}, which is quantised, again"
+        )
+    if init == "olora" and any(isinstance(module, Conv1D) for module in model.modules()):
+        raise ValueError(f"peft_config: init_lora_weights='olora' does not fit {name}'s layers; take 'pissa'")
 
 
 def lora(rank: int, alpha: float):
@@ -109,7 +129,13 @@ def merge_checked(model, documents: Sequence[Sequence[int]], tolerance: float = 
             "bits; load the base in float32 or bfloat16 and merge there (tasks.lm.adapters.merge_onto)"
         )
     wanted = _outputs(model, documents)
-    merged = causal.merge_and_unload(safe_merge=True)
+    try:
+        merged = causal.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, RuntimeError) as error:  # a bias that the layer has not, and the like
+        what = " ".join(str(error).split())
+        raise ValueError(
+            f"the adapter of {type(causal.get_base_model()).__name__} cannot merge: {what}"
+        ) from error
     if causal is not model:
         model.take_merged(merged)
     for name, before, after in zip(

@@ -63,7 +63,7 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 def _run_before(model: nn.Module, blocks: nn.ModuleList, trunk: int) -> list[nn.Module]:
     """Modules with parameters of their own that run before block `trunk` does, found by one forward."""
     bare, found, is_over = unwrapped(model), [], []
-    owners = [m for m in bare.modules() if next(m.parameters(recurse=False), None) is not None]
+    owners = [m for m in bare.modules() if _owns_parameters(m)]
 
     def note(module: nn.Module, _) -> None:
         if not is_over:
@@ -84,3 +84,9 @@ def _run_before(model: nn.Module, blocks: nn.ModuleList, trunk: int) -> list[nn.
         for hook in hooks:
             hook.remove()
     return found
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    """Whether parameters stand in a module itself, or in dictionaries of it, as those of adapters do."""
+    held = [m for m in module.children() if isinstance(m, nn.ParameterDict | nn.ParameterList)]
+    return any(next(m.parameters(recurse=False), None) is not None for m in (module, *held))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tasks.lm.adapter_kinds import check_adapters
 from tasks.lm.forest import unwrapped
 from tasks.lm.logprobs import TokenReadings, kl_nats, product_dtype, read_tokens, summed_nll
 from tasks.lm.narrow import last_mlp_at
@@ -55,8 +56,10 @@ def check_causal(model: nn.Module) -> None:
     """Refuse what predicts no next token.
 
     Raises:
-        ValueError: an encoder-decoder, an encoder, or a model without output embeddings.
+        ValueError: an encoder-decoder, an encoder, a model without output embeddings, or one under an
+            adapter that is not served (:func:`tasks.lm.adapter_kinds.check_adapters`).
     """
+    check_adapters(model)
     bare = unwrapped(model)
     ways = {module.is_causal for module in bare.modules() if hasattr(module, "is_causal")}
     if bare.config.is_encoder_decoder or bare.get_output_embeddings() is None or ways == {False}:

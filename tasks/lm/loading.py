@@ -107,7 +107,10 @@ def load_reward(base: str | Path, revision: str = "main", key: str = "model.base
     """
     from transformers import AutoModelForSequenceClassification
 
-    return _load(AutoModelForSequenceClassification, base, key, num_labels=1, revision=revision, **keys)
+    keys = {"num_labels": 1, **keys}
+    if keys["num_labels"] != 1:
+        raise ValueError(f"{key}: num_labels is {keys['num_labels']}; a reward model has one label")
+    return _load(AutoModelForSequenceClassification, base, key, revision=revision, **keys)
 
 
 def create_causal(config: dict, tokenizer):
@@ -130,7 +133,7 @@ def create_causal(config: dict, tokenizer):
 
 def fit_embeddings(model, tokenizer) -> None:
     """Grow the embeddings to the tokenizer, and tell the model its pad and eos."""
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > len(model.get_input_embeddings().weight):  # an adapter may stand there
         model.resize_token_embeddings(len(tokenizer))
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
@@ -149,15 +152,35 @@ def save_model(model, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def check_keys(keys: dict, key: str = "model.base") -> None:
+    """Refuse keys for transformers' `from_pretrained` that ask for what is never done here.
+
+    Raises:
+        ValueError: another format than safetensors, code that comes with a model, or more than the model.
+    """
+    rules = {
+        "use_safetensors": ((None, True), "safetensors alone are read, no pickle"),
+        "trust_remote_code": ((None, False), "code that comes with a model is never run"),
+        "output_loading_info": ((None, False), "the model alone comes back"),
+    }
+    for name, (allowed, why) in rules.items():
+        if keys.get(name) not in allowed:
+            raise ValueError(f"{key}: {name}={keys[name]!r}: {why}")
+
+
 def _load(auto, base: str | Path, key: str = "model.base", dtype=None, **keys):
     import torch
     from safetensors import SafetensorError
 
+    check_keys(keys, key)
+    older = keys.pop("torch_dtype", None)
+    dtype = dtype or older
     folder = Path(base)
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise ValueError(f"{key}: the folder {base} holds no *.safetensors weights")
     try:
-        return auto.from_pretrained(str(base), dtype=dtype or torch.float32, use_safetensors=True, **keys)
+        keys = {"dtype": dtype or torch.float32, **keys, "use_safetensors": True}
+        return auto.from_pretrained(str(base), **keys)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         # RuntimeError, ImportError: quantised weights, and no GPU or package for them; the last: a cut file
         raise ValueError(f"{key}: cannot load {base}: {_one_line(error)}") from error

@@ -19,6 +19,8 @@ from tasks.lm.adapter_files import SavedAdapter, put_on, read_adapter, tensors_o
 from tasks.lm.adapters import has_adapter
 from tasks.lm.forest import Segment, first_position, has_forest, plant, run_forest, serve_forest
 from tasks.lm.heads import predict
+from tasks.lm.modes import evaluating
+from tasks.lm.scoring import check_room, room_of
 from tasks.lm.sequences import positions_of
 from tasks.lm.switching import at_work
 
@@ -113,10 +115,11 @@ class ScoredByAdapter(nn.Module):
             keys: for the language model.
 
         Raises:
-            ValueError: there is no reward adapter.
+            ValueError: there is no reward adapter, or a row has more tokens than the model has places for.
         """
         self._check_reward_adapter()
         is_real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        check_room([row[row.bool()] for row in is_real], room_of(self.pretrained_model), "row")
         places = torch.arange(input_ids.numel(), device=input_ids.device)
         keys = {
             "position_ids": positions_of(is_real) + first_position(self.pretrained_model),
@@ -136,9 +139,10 @@ class ScoredByAdapter(nn.Module):
         B lists -> [B] on the CPU.
 
         Raises:
-            ValueError: there is no reward adapter.
+            ValueError: there is no reward adapter, or a document has more tokens than the model has places.
         """
         self._check_reward_adapter()
+        check_room(documents, room_of(self.pretrained_model))
         model, scores = self.pretrained_model, []
         serve_forest(model)
         for first in range(0, len(documents), rows):
@@ -162,14 +166,8 @@ class ScoredByAdapter(nn.Module):
     def _scores(self, run, places: Tensor) -> Tensor:
         """Scores at N places of a batch, [N], without dropout; afterwards the model is as it was."""
         model = self.pretrained_model
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with at_work(model, [self.rm_adapter_name]):
-                return self.score(predict(model, run, places).hidden[places])
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with evaluating(model), at_work(model, [self.rm_adapter_name]):
+            return self.score(predict(model, run, places).hidden[places])
 
     def _check_reward_adapter(self) -> None:
         if not self.supports_rm_adapter:

@@ -90,12 +90,11 @@ class RewardModel:
         A text is decoded whole and tokenised whole. It ends with eos where the response did; an encoder
         closes every document itself. What its positions do not hold is cut, but not that closing token.
         """
-        whole = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+        whole, most = [[*p, *r] for p, r in zip(prompts, responses, strict=True)], room_of(self.model)
         if self.shares_tokens:
-            return whole
+            return [ids[:most] for ids in whole]
         clean = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         found = encode_texts(self.tokenizer, self.policy_tokenizer.batch_decode(whole, **clean))
-        most = room_of(self.model)
         if is_encoder(self.model):
             return [ids if most is None or len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in found]
         eos = self.policy_tokenizer.eos_token_id

@@ -16,7 +16,7 @@ from torch import Tensor
 from tasks.lm.adapter_files import CONFIG, WEIGHTS, SavedAdapter, put_on, read_adapter
 from tasks.lm.adapters import add_adapter, has_adapter, stack_adapter
 from tasks.lm.hub import VALUE_HEAD, find_file
-from tasks.lm.loading import load_causal
+from tasks.lm.loading import check_keys, load_causal
 from tasks.lm.quantized import read_quantized
 from tasks.lm.reward_adapter import save_reward_adapter
 from tasks.lm.switching import REFERENCE, at_work_on, weights_of
@@ -51,8 +51,7 @@ def load_policy(
         ValueError: no configuration or no safetensors weights there, an adapter without its model's name or
             of another model, code from there is to be run, or a quantised base where none can run.
     """
-    if keys.pop("trust_remote_code", False):
-        raise ValueError("trust_remote_code: code that comes with a model is never run")
+    check_keys(keys, "base")
     keys, there = read_quantized(keys), {"revision": revision, "token": token}
     several = _several(base, **there)
     if several is not None or find_file(base, CONFIG, **there):
@@ -92,6 +91,8 @@ def save_policy(model, folder: str | Path, **keys: Any) -> None:
     One adapter stands in `folder` itself, where peft finds it. Of several each has a folder of its own, and
     `adapters.json` says what they are: peft would take one of them for the whole.
     """
+    if not keys.pop("safe_serialization", True):
+        raise ValueError("safe_serialization=False: safetensors alone are written, no pickle")
     causal = model.pretrained_model
     others = [name for name in getattr(causal, "peft_config", {}) if name != model.rm_adapter_name]
     if has_adapter(causal):

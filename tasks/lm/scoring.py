@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tasks.lm.adapter_kinds import check_adapters
 from tasks.lm.forest import (
     Forest,
     Segment,
@@ -21,6 +22,7 @@ from tasks.lm.forest import (
     serve_forest,
     unwrapped,
 )
+from tasks.lm.modes import evaluating
 from tasks.lm.narrow import last_mlp_at
 
 # Encoders whose heads read the first token of what this stack gives: packed. All others take padded rows.
@@ -45,12 +47,24 @@ def room_of(model) -> int | None:
     return most and most - first_position(model)
 
 
+def check_room(documents: Sequence[Sequence[int]], most: int | None, what: str = "document") -> None:
+    """Refuse a document of more tokens than the model has places for.
+
+    Raises:
+        ValueError: names its row and both lengths.
+    """
+    for row, ids in enumerate(documents):
+        if most is not None and len(ids) > most:
+            raise ValueError(f"{what} {row} has {len(ids)} tokens; the model has room for {most}")
+
+
 def check_scorer(model) -> None:
     """Refuse what gives no score.
 
     Raises:
-        ValueError: no sequence-classification model, or more labels than one.
+        ValueError: no sequence-classification model, more labels than one, or an adapter that is not served.
     """
+    check_adapters(model)
     bare = unwrapped(model)
     name, labels = type(bare).__name__, getattr(bare.config, "num_labels", None)
     if "ForSequenceClassification" not in name or labels != 1:
@@ -81,17 +95,21 @@ def forest_scores(model, forest: Forest, segments: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def score_documents(model, documents: Sequence[Sequence[int]], rows: int) -> Tensor:
-    """Scores of whole documents (prompt + response), at most `rows` in one forward.
+    """Scores of whole documents (prompt + response), at most `rows` in one forward, without dropout.
 
     B lists -> [B] on the CPU.
+
+    Raises:
+        ValueError: a document that the model has no places for; the message names its row.
     """
+    check_room(documents, room_of(model))
     serve_forest(model)
-    model.eval()
     scores = []
-    for first in range(0, len(documents), rows):
-        roots = [Segment(d) for d in documents[first : first + rows]]
-        forest = plant(roots, is_causal=not is_encoder(model)).to(model.device)
-        scores.append(forest_scores(model, forest, range(len(roots))))
+    with evaluating(model):
+        for first in range(0, len(documents), rows):
+            roots = [Segment(d) for d in documents[first : first + rows]]
+            forest = plant(roots, is_causal=not is_encoder(model)).to(model.device)
+            scores.append(forest_scores(model, forest, range(len(roots))))
     return torch.cat(scores).cpu()
 
 

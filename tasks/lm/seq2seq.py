@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
+from tasks.lm.adapter_kinds import check_adapters
 from tasks.lm.critic import states_of
 from tasks.lm.forest import has_forest, unwrapped
 from tasks.lm.heads import Predictions, check_causal, predict
@@ -40,8 +41,9 @@ def check_seq2seq(model: nn.Module) -> None:
 
     Raises:
         ValueError: no encoder, no output embeddings, no token to start a response with, or experts, which
-            these models choose for a batch as a whole.
+            these models choose for a batch as a whole; an adapter that is not served.
     """
+    check_adapters(model)
     bare = unwrapped(model)
     if not is_seq2seq(model) or bare.get_output_embeddings() is None:
         raise ValueError(f"{type(bare).__name__} is no encoder-decoder with a language model's head")

@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tasks.lm.critic import calls_of
 from tasks.lm.forest import Forest, Segment, first_position, has_forest, plant, run_forest
 from tasks.lm.heads import Predictions, predict
+from tasks.lm.modes import evaluating
+from tasks.lm.room import speaking_room
 from tasks.lm.seq2seq import is_seq2seq, predict_targets
 from tasks.lm.switching import at_work
 from tasks.lm.trunk import TrunkStates, encoder_states, given_trunk, shares_trunk, trunk_alone
@@ -169,18 +171,25 @@ def read_responses(
         freeze_trunk: only the value head learns (and blocks of its own): nothing else gets a gradient.
         trunk: of these rows, what the first blocks make of them; those are not run then.
 
+    Where no gradient is wanted, there is no dropout, whatever mode the model is in.
+
     Returns:
         [B, R] each, zero where there is no token. The value of a token is that of the state before it.
+
+    Raises:
+        ValueError: a row that the model has no places for.
     """
     mask, causal = sequences.is_response, getattr(model, "pretrained_model", model)
     head = getattr(model, "v_head", None)
     branch = None if head is None else head.branch
     blocks = [] if branch is None else branch.originals(causal)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_trunk), calls_of(blocks) as calls:
-        found, places, _ = _predict(causal, sequences, trunk)
-        said = found.read(sequences.responses[mask], temperature, entropy=entropy)
-    read = found.hidden if branch is None else branch(calls[-len(blocks) :]).flatten(0, -2)
-    values = None if head is None else head(_at(read, places))
+    learns = torch.is_grad_enabled()
+    with evaluating(None if learns else model):
+        with torch.set_grad_enabled(learns and not freeze_trunk), calls_of(blocks) as calls:
+            found, places, _ = _predict(causal, sequences, trunk)
+            said = found.read(sequences.responses[mask], temperature, entropy=entropy)
+        read = found.hidden if branch is None else branch(calls[-len(blocks) :]).flatten(0, -2)
+        values = None if head is None else head(_at(read, places))
     each = (None if x is None else _spread(x, mask) for x in (said.logprobs, said.entropy, values))
     return tuple(each)
 
@@ -194,7 +203,7 @@ def read_trunk(causal, sequences: Sequences, depth: int) -> TrunkStates:
         sequences: B rows.
         depth: blocks.
     """
-    with trunk_alone(causal, depth) as seen, encoder_states(causal) as read:
+    with evaluating(causal), trunk_alone(causal, depth) as seen, encoder_states(causal) as read:
         _, _, where = _predict(causal, sequences)
     states = [each[0].flatten(0, -2) for each in (read, seen) if each]
     return TrunkStates(depth, torch.cat(states), where)
@@ -211,6 +220,8 @@ def response_kl(
     reference: Callable[[], AbstractContextManager] | None = None,
 ) -> Tensor:
     """Exact KL(policy || reference), nats, of the distribution that each response token is drawn from.
+
+    Both are read without dropout.
 
     Args:
         model: the policy: a causal language model, with or without a value head.
@@ -229,20 +240,22 @@ def response_kl(
     """
     other = model if ref_model is None else ref_model
     policy, frozen = (getattr(each, "pretrained_model", each) for each in (model, other))
-    own, _, _ = _predict(policy, sequences, trunk)
-    if trunk is not None and not shares_trunk(policy, frozen, trunk.depth):
-        trunk = None
-    enter = reference or (lambda: at_work(frozen, []))
-    with nullcontext() if ref_model is not None else enter():
-        other, _, _ = _predict(frozen, sequences, trunk)
+    with evaluating(policy, frozen):
+        own, _, _ = _predict(policy, sequences, trunk)
+        if trunk is not None and not shares_trunk(policy, frozen, trunk.depth):
+            trunk = None
+        enter = reference or (lambda: at_work(frozen, []))
+        with nullcontext() if ref_model is not None else enter():
+            other, _, _ = _predict(frozen, sequences, trunk)
     return _spread(own.kl_nats(other, temperature), sequences.is_response)
 
 
 def response_logprobs(
     model, sequences: Sequences, temperature: float, *, trunk: TrunkStates | None = None
 ) -> Tensor:
-    """Log-probability of each response token under a causal model, nats. -> [B, R]."""
-    return read_responses(model, sequences, temperature, entropy=False, trunk=trunk)[0]
+    """Log-probability of each response token under a causal model, nats, without dropout. -> [B, R]."""
+    with evaluating(model):
+        return read_responses(model, sequences, temperature, entropy=False, trunk=trunk)[0]
 
 
 def _predict(
@@ -251,7 +264,11 @@ def _predict(
     """A model's predictions of the N response tokens, and where in its hidden states they stand.
 
     And where each token stands there, [B, S].
+
+    Raises:
+        ValueError: a row that the model has no places for.
     """
+    _check_room(causal, sequences)
     if is_seq2seq(causal):
         return predict_targets(causal, sequences, trunk)
     if has_forest(causal):
@@ -267,6 +284,20 @@ def _predict(
     with _from(causal, trunk, where, sequences.is_real, sequences.tokens.shape):
         run = lambda model: model(sequences.tokens, use_cache=False, **keys)  # noqa: E731
         return predict(causal, run, places), places, where
+
+
+def _check_room(causal, sequences: Sequences) -> None:
+    """Refuse a row that the model has no places for; a batch that is narrow enough needs no look at rows."""
+    room = speaking_room(causal)
+    if room.tokens is None or sequences.tokens.shape[1] <= room.tokens:
+        return
+    whole, answered = sequences.is_real.sum(1).tolist(), sequences.is_response.sum(1).tolist()
+    for row, (tokens, response) in enumerate(zip(whole, answered, strict=True)):
+        if not room.holds(tokens - response, response):
+            raise ValueError(
+                f"row {row} has a prompt of {tokens - response} tokens and a response of {response}; the "
+                f"model has room for {room}"
+            )
 
 
 def _from(

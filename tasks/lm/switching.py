@@ -14,10 +14,15 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from tasks.lm.adapter_kinds import uninitialised
+from tasks.lm.forest import unwrapped
+from tasks.lm.modes import evaluating
+
 REFERENCE = "reference"
 POLICY = "policy"  # the adapter that learns on top of a frozen one
 SILENT = ("lora_B", "lora_embedding_B")  # a LoRA adapter whose B are zero adds nothing
 LOW_RANK = (*SILENT, "lora_A", "lora_embedding_A")
+SAME = 1e-5  # of a copy against its original, relative to the largest logit; products of equal weights agree
 
 
 def at_work_on(model) -> list[str]:
@@ -53,8 +58,9 @@ def reference_adapters(model) -> list[str]:
     A copy is added to the model where the adapter that learns says something already.
 
     Raises:
-        ValueError: a weight of the base itself learns, and with it would the reference; or several adapters
-            learn that say something already.
+        ValueError: a weight of the base itself learns, and with it would the reference; several adapters
+            learn that say something already; or a copy does not say what the adapter says. The model is as
+            it was.
     """
     names = at_work_on(model)
     learning = {name: _adapter_of(model, name) for name, p in model.named_parameters() if p.requires_grad}
@@ -72,6 +78,7 @@ def reference_adapters(model) -> list[str]:
     if len(spoken) > 1:
         raise ValueError(f"ref_model: the adapters {', '.join(spoken)} all learn; merge, or give a ref_model")
     _copy(model, spoken[0], REFERENCE)
+    _check_copy(model, names, [*kept, REFERENCE])
     return [*kept, REFERENCE]
 
 
@@ -107,21 +114,27 @@ def load_learnt(model, saved: Mapping[str, Tensor]) -> None:
 
 
 def add_named(model, name: str, config, draws: bool = False) -> None:
-    """One more adapter for a peft model, not at work yet and frozen.
+    """One more adapter for a peft model, not at work yet and frozen; no weight of the base moves.
 
     Args:
         model: changed in place.
         name: of the adapter.
         config: peft's, unchanged.
-        draws: whether its first weights matter: else the global random numbers stay where they are.
+        draws: whether its first weights matter: else the global random numbers stay where they are, and no
+            initialisation runs that would move the base.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
     with nullcontext() if draws else torch.random.fork_rng(devices=[]):
-        model.add_adapter(name, deepcopy(config))
+        model.add_adapter(name, deepcopy(config) if draws else uninitialised(config))
+    if hasattr(config, "init_lora_weights"):  # a saved copy names it: its base is what that one has left
+        model.peft_config[name].init_lora_weights = config.init_lora_weights
     for parameter in weights_of(model, name).values():
         parameter.requires_grad_(False)
     _restore(flags)
-    model.train(model.training)
+    model.train(model.training)  # the new parts; all others as they were
+    for module, mode in modes:
+        module.training = mode
 
 
 def take_off(model, name: str) -> None:
@@ -141,10 +154,42 @@ def weights_of(model, name: str) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def _copy(model, name: str, to: str) -> None:
-    add_named(model, to, model.peft_config[name])
-    originals = weights_of(model, name)
-    for place, copied in weights_of(model, to).items():
+    try:
+        add_named(model, to, model.peft_config[name])
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:  # peft's own refusals
+        raise ValueError(
+            f"ref_model: the adapter {name} cannot be copied ({' '.join(str(error).split())}); give "
+            "ref_model=create_reference_model(model)"
+        ) from error
+    originals = _tensors_of(model, name)
+    for place, copied in _tensors_of(model, to).items():
         copied.copy_(originals[".".join(name if part == to else part for part in place.split("."))])
+
+
+def _tensors_of(model, name: str) -> dict[str, Tensor]:
+    """Parameters of one adapter, and its buffers, of which some methods draw a part of what they say."""
+    buffers = {n: b for n, b in model.named_buffers() if _adapter_of(model, n) == name}
+    return {**weights_of(model, name), **buffers}
+
+
+@torch.no_grad()
+def _check_copy(model, names: Sequence[str], copies: Sequence[str]) -> None:
+    """Refuse a copy that does not say what its original says of four tokens, and take it off again."""
+    table = unwrapped(model).get_input_embeddings().weight
+    ids = torch.arange(4, device=table.device)[None] % len(table)
+    keys = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    said = []
+    with evaluating(model):
+        for each in (names, copies):
+            with at_work(model, each):
+                said.append(model(input_ids=ids, use_cache=False, **keys).logits.float())
+    far = float((said[1] - said[0]).abs().max() / said[0].abs().max().clamp(min=1e-12))
+    if not far <= (SAME if table.dtype == torch.float32 else 1e-2):
+        take_off(model, REFERENCE)
+        raise ValueError(
+            f"ref_model: a copy of the adapter {', '.join(names)} differs from it by {far:.2e} of the "
+            "largest logit; give ref_model=create_reference_model(model)"
+        )
 
 
 def _adapter_of(model, parameter: str) -> str | None:

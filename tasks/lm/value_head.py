@@ -44,8 +44,8 @@ class ModelWithValueHead(ScoredByAdapter):
             leave alone (:class:`tasks.lm.critic.ValueBranch`); 0: the model's last states.
 
     Raises:
-        ValueError: a model of another kind, prompt learning, an unknown strategy, or a k that the model has
-            not.
+        ValueError: a model of another kind, an adapter that is not served, an unknown strategy, or a k
+            that the model has not.
     """
 
     check: Callable[[nn.Module], None]  # refuses a model of another kind
@@ -62,9 +62,6 @@ class ModelWithValueHead(ScoredByAdapter):
     ) -> None:
         super().__init__()
         self.check(pretrained_model)
-        adapter = getattr(pretrained_model, "active_peft_config", None)
-        if adapter is not None and adapter.is_prompt_learning:
-            raise ValueError(f"pretrained_model: {type(adapter).__name__} adds virtual tokens; PPO has none")
         self.pretrained_model, self.config = pretrained_model, pretrained_model.config
         self.is_peft_model = has_adapter(pretrained_model)
         if summary_dropout_prob is None:
@@ -120,6 +117,8 @@ class ModelWithValueHead(ScoredByAdapter):
                 model object, a key for loading beside one, a reward adapter of another base or without a
                 score head, a quantised base where none can run; and as the class.
         """
+        if taken := sorted(keys.keys() & {"key", "load"}):  # words of the loaders below
+            raise ValueError(f"{taken[0]}: no argument of from_pretrained")
         own = {name: keys.pop(name) for name in cls.__init__.__kwdefaults__ if name in keys}
         dtype = torch_dtype if dtype is None else dtype
         if isinstance(base, nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,12 +12,16 @@ from torch import Tensor
 
 from tasks.lm.checkpointing import recompute_blocks
 from tasks.lm.generation import draw_uniforms, row_seeds
+from tasks.lm.modes import evaluating
 from tasks.lm.precision import autocast
 from tasks.lm.seq2seq import is_seq2seq, logits_alone
 from tasks.lm.sequences import read_responses
 from tasks.ppo.batch import check_batch, read_scores
 from tasks.ppo.reward_functions import RewardFunction
 from tasks.ppo.rollout import Rollout
+from tasks.ppo.rounding import FULL, HALF, TF32  # noqa: F401  # how far is rounding, by their names here
+from tasks.ppo.rounding import distance as _distance
+from tasks.ppo.rounding import rounding_of as _rounding
 from tasks.run.devices import derive_seed
 from tasks.run.layout import Refusal
 
@@ -29,19 +32,6 @@ PROBE = 16  # responses that are tried
 ROUNDS = 8  # of so many responses before a reward is taken to be constant
 SAME = 1e-6  # relative difference of rewards that are one
 LEAST_EOS = 1e-12  # probability of the end, somewhere in the probe
-
-
-@dataclass(frozen=True, slots=True)
-class Rounding:
-    """How far apart two readings of the same numbers may be."""
-
-    nats: float  # log-probabilities, root of the mean square
-    cumulative: float  # probability of a token and of those before it in the vocabulary
-    agreement: float  # share of the sampled tokens that the same random numbers choose again
-
-
-FULL, HALF = Rounding(1e-3, 1e-4, 0.99), Rounding(0.1, 0.02, 0.90)
-TF32 = Rounding(0.02, 3e-3, 0.97)  # factors keep three bits more than bfloat16's
 
 
 def preflight(trainer: PPOTrainer, prompts: Sequence[Sequence[int]], reward_fn: RewardFunction) -> None:
@@ -64,7 +54,8 @@ def preflight(trainer: PPOTrainer, prompts: Sequence[Sequence[int]], reward_fn: 
     probe = [prompts[order[i]] for i in torch.linspace(0, len(order) - 1, PROBE).long().tolist()]
     seeds = row_seeds(derive_seed(trainer.seed, "ppo", "preflight"), PROBE * ROUNDS)
     cuda = [trainer.device] if trainer.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):  # a model that draws random numbers is what is looked for
+    # a model that draws random numbers, in evaluation mode too, is what is looked for
+    with evaluating(trainer.model, trainer.ref_model), torch.random.fork_rng(devices=cuda):
         responses = trainer.sample(probe, seeds[:PROBE]).lists()
         seen = trainer.observe(probe, responses)
         rows = list(zip(probe, responses, strict=True))
@@ -185,25 +176,9 @@ def _at(values: Tensor, tokens: list[int]) -> Tensor:
     return values.gather(1, torch.tensor(tokens, device=values.device)[:, None])[:, 0]
 
 
-def _distance(found: Tensor, wanted: Tensor, mask: Tensor) -> float:
-    """Root of the mean square over the tokens; nan where one is."""
-    return (found - wanted)[mask].double().square().mean().sqrt().item()
-
-
 def _nats(far: float, allowed: float) -> str:
     return f"log-probabilities differ by {far:.2g} nats ({allowed:g} is rounding)"
 
 
 def _precision(trainer: PPOTrainer) -> AbstractContextManager:
     return autocast(trainer.device, trainer.config.dtype)
-
-
-def _rounding(trainer: PPOTrainer, autocast: bool = False) -> Rounding:
-    """Of this trainer's forwards, with its autocast or without."""
-    if autocast and trainer.config.dtype != "float32":
-        return HALF
-    if any(p.element_size() < 4 for p in trainer.model.parameters()):
-        return HALF
-    # the one name of the switch that never raises; the older ones do once this one was set
-    is_exact = torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
-    return FULL if is_exact or trainer.device.type != "cuda" else TF32

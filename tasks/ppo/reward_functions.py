@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.lm.modes import evaluating
 from tasks.lm.prompt import encode_texts, without_eos
 from tasks.lm.reward_model import RewardModel, scale_of
 from tasks.lm.scoring import check_scorer, room_of
@@ -61,7 +62,8 @@ def from_pipeline(
         prompts, responses = _as_texts("from_pipeline", tokenizer, prompts, responses)
         whole = reads == "both"
         texts = [p + r if whole else r for p, r in zip(prompts, responses, strict=True)]
-        said = [{each["label"]: each["score"] for each in found} for found in pipe(texts, **keys)]
+        with evaluating(pipe.model):
+            said = [{each["label"]: each["score"] for each in found} for found in pipe(texts, **keys)]
         return torch.tensor([of_text[label] for of_text in said])
 
     return pipeline_score
@@ -80,7 +82,8 @@ def from_model(
         rows: documents in one forward.
         device: for a model that is loaded.
 
-    Texts are read as finished documents; token ids end with eos only where the response does.
+    Texts are read as finished documents; token ids end with eos only where the response does. What a model
+    has no places for is cut at its end (an encoder's closing token stays).
 
     Raises:
         ValueError: no such model, more labels than one, or `normalize` without a scores.json.

@@ -14,11 +14,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from params.schema import PPOConfig
+from tasks.lm.adapter_kinds import check_adapters
 from tasks.lm.checkpointing import recompute_blocks
 from tasks.lm.forest import serve_forest, unwrapped
 from tasks.lm.freezing import blocks_of, freeze_layers
 from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
 from tasks.lm.masked import alone, whiten
+from tasks.lm.modes import in_evaluation
 from tasks.lm.optimizer import check_optimizer, make_optimizer
 from tasks.lm.precision import autocast
 from tasks.lm.reference import create_reference_model
@@ -31,6 +33,8 @@ from tasks.lm.value_head import ModelWithValueHead
 from tasks.ppo.advantages import gae
 from tasks.ppo.asking import Asked, asked_of
 from tasks.ppo.batch import Batch, check_batch, check_tokens
+from tasks.ppo.first_step import begins_as_reference
+from tasks.ppo.first_step import warn_of_start as warn_of_first_step
 from tasks.ppo.guard import SpikeGuard
 from tasks.ppo.losses import policy_loss, ratio_of, value_loss
 from tasks.ppo.rewards import KLController, RunningMoments, kl_estimate, token_rewards
@@ -47,8 +51,8 @@ class PPOTrainer:
     """Proximal policy optimisation against scores from anywhere.
 
     One optimizer step takes `mini_batch_size × gradient_accumulation_steps` responses over all processes and
-    is the mean over their tokens, however they are split. Models stay in evaluation mode: no dropout, in
-    rollouts and in updates. Global random numbers are neither drawn nor seeded.
+    is the mean over their tokens, however they are split. Models are in evaluation mode, whatever mode they
+    are left in: no dropout, in rollouts and in updates. Global random numbers are neither drawn nor seeded.
 
     Args:
         config: learning rate, batch sizes, KL price and clip ranges.
@@ -241,6 +245,7 @@ class PPOTrainer:
         whole = [p + r if with_prompt else r for p, r in zip(prompts, responses, strict=True)]
         return [torch.tensor(ids, dtype=torch.long, device=self.device) for ids in whole]
 
+    @in_evaluation
     def observe(
         self,
         queries: Sequence[Sequence[int]],
@@ -271,6 +276,7 @@ class PPOTrainer:
 
     # ---- updates
 
+    @in_evaluation
     def step(
         self,
         queries: Sequence[Tensor],
@@ -300,6 +306,7 @@ class PPOTrainer:
         )
         warn_of_start(_causal(self.model), batch.responses)
         seen = self.observe(batch.queries, batch.responses, batch.is_action)
+        is_reference = self.updates == 0 and begins_as_reference(self)
         clock.lap("forward_pass")
         paid, price = self.shape(batch), self.kl_ctl.value
         in_reward = price if self.config.kl_in == "reward" else 0.0
@@ -312,6 +319,8 @@ class PPOTrainer:
         clock.lap("compute_advantages")
         passes = self._improve(seen, advantages, returns)
         clock.lap("optimize_step")
+        if self.updates == 0:
+            warn_of_first_step(self, seen, passes, is_reference)
         each = torch.stack([s.sum() for s in paid]) if isinstance(paid, list) else paid
         stats = rollout_statistics(seen, each, price, batch.queries, self._total) | passes.statistics()
         stats |= {
@@ -641,6 +650,7 @@ def _check_models(model, ref_model, tokenizer) -> None:
     other = unwrapped(_causal(ref_model)) if isinstance(ref_model, nn.Module) else None
     if getattr(other, "get_output_embeddings", lambda: None)() is None:
         raise ValueError(f"ref_model must be a language model, not {type(ref_model).__name__}")
+    check_adapters(_causal(ref_model), "ref_model")
     if _causal(ref_model) is _causal(model):
         raise ValueError("ref_model is the model itself, which would move with it; leave it out for a copy")
     names = [type(unwrapped(_causal(each))).__name__ for each in (model, ref_model)]

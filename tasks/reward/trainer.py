@@ -25,7 +25,7 @@ from tasks.reward.losses import gap_weights, length_rule, pair_loss
 from tasks.reward.records import GroupedAnswers, collate
 from tasks.reward.rows import Reader
 from tasks.run.held_out import HeldOut
-from tasks.run.parts import InParts, Parts, part_tokens
+from tasks.run.parts import InParts, Parts, part_tokens, parts_or
 from tasks.run.trainer import SafeCheckpoints
 
 Dataset = Collection[GroupedAnswers | Mapping]  # a list, or a datasets.Dataset
@@ -74,7 +74,7 @@ class RewardTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
         is_causal = not is_encoder(model)
         self.read = Reader(
             tokenizer=processing_class,
-            vocabulary=model.get_input_embeddings().num_embeddings,
+            vocabulary=len(model.get_input_embeddings().weight),
             positions=room_of(model),
             is_causal=is_causal,
             max_length=args.max_length,
@@ -93,7 +93,7 @@ class RewardTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=parts,
+            data_collator=parts_or(keys.pop("data_collator", None), parts),
             train_dataset=train,
             eval_dataset=eval_dataset,
             processing_class=processing_class,

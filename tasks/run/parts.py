@@ -44,6 +44,19 @@ class Parts:
         yield part
 
 
+def parts_or(given: Any, own: Parts) -> Parts:
+    """The trainer's own collator, or one of its kind that was given as `data_collator`.
+
+    Raises:
+        ValueError: one of another kind, which would get packed rows and give no parts.
+    """
+    if given is None or isinstance(given, Parts):
+        return given or own
+    raise ValueError(
+        f"data_collator: {type(given).__name__} makes padded rows, and rows are packed here; leave it out"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """A collator: the rows of the whole batch -> those of one of several processes.

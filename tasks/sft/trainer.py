@@ -25,7 +25,7 @@ from tasks.lm.precision import autocast
 from tasks.lm.scoring import room_of
 from tasks.lm.sequences import pad_forest
 from tasks.run.held_out import HeldOut
-from tasks.run.parts import InParts, Parts, part_tokens
+from tasks.run.parts import InParts, Parts, part_tokens, parts_or
 from tasks.run.trainer import SafeCheckpoints
 from tasks.sft.config import SFTConfig
 from tasks.sft.documents import Reader
@@ -84,7 +84,7 @@ class SFTTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
         _warn_of_halves(model)
         self.read = Reader(
             tokenizer=processing_class,
-            vocabulary=model.get_input_embeddings().num_embeddings,
+            vocabulary=len(model.get_input_embeddings().weight),
             row_tokens=args.row_tokens,
             loss_on=args.loss_on,
             positions=room_of(model),
@@ -98,7 +98,7 @@ class SFTTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=keys.pop("data_collator", parts),
+            data_collator=parts_or(keys.pop("data_collator", None), parts),
             train_dataset=self.read(train_dataset, "train_dataset"),
             eval_dataset=None if eval_dataset is None else self.read_held_out(eval_dataset),
             processing_class=processing_class,

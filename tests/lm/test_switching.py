@@ -55,8 +55,12 @@ def test_the_reference_of_an_adapter_that_says_something_is_its_copy(keys):
 def test_a_copy_is_in_the_mode_of_the_model():
     for mode in (True, False):
         model = moved(get_peft_model(tiny.causal(), lora(lora_dropout=0.5))).train(mode)
+        list(model.modules())[-1].training = not mode
+        modes = {n: m.training for n, m in model.named_modules()}
         reference_adapters(model)
-        assert {m.training for m in model.modules()} == {mode}
+        found = {n: m.training for n, m in model.named_modules()}
+        assert {n: found[n] for n in modes} == modes, "each of its parts as it was"
+        assert {on for n, on in found.items() if n not in modes} == {mode}
 
 
 def test_the_reference_of_a_fresh_adapter_is_the_model_without_it():
