@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from params.__main__ import PRESETS, main, presets
-from params.load import read
+from params.load import read, read_preset
 
-SAMPLE = read(PRESETS / "sample.yaml")
+SAMPLE = read_preset(PRESETS / "sample.yaml")
 
 
 @pytest.fixture
