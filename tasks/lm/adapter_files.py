@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tasks.lm.forest import unwrapped
 from tasks.lm.hub import find_file
 from tasks.lm.switching import add_named, take_off, weights_of
+from tasks.run.finite import check_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 HEADS = ("score", "classifier")
@@ -55,7 +56,7 @@ def read_adapter(
         token: for the Hub.
 
     Raises:
-        ValueError: no adapter there, or files that cannot be read.
+        ValueError: no adapter there, files that cannot be read, or a number that is not finite.
     """
     from peft import PeftConfig
 
@@ -68,6 +69,7 @@ def read_adapter(
         config, tensors = PeftConfig.from_pretrained(str(paths[0].parent)), load_file(paths[1])
     except (SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{key}: the adapter in {base} cannot be read: {error}") from error
+    check_tensors(f"{key}: {paths[1]}", tensors)
     if config.is_prompt_learning:
         raise ValueError(f"{key}: {type(config).__name__} in {base} adds virtual tokens; LoRA is wanted")
     head = {found[1]: value for name, value in tensors.items() if (found := _HEAD.search(name))}
@@ -144,7 +146,13 @@ def write_adapter(
         tensors: as peft names them in its file.
         head: of a sequence classification; empty: a causal model's adapter.
         base: the base's name in the configuration; None: as it is.
+
+    Raises:
+        ValueError: a number that is not finite.
     """
+    heads = {f"base_model.model.score.{name}": value for name, value in head.items()}
+    tensors = {**tensors, **heads}
+    check_tensors("the adapter is not saved", tensors)
     config = deepcopy(config)
     if head:
         config.task_type, config.modules_to_save = "SEQ_CLS", list(HEADS)
@@ -157,8 +165,7 @@ def write_adapter(
     facts = json.loads(path.read_text(encoding="utf-8"))
     facts["target_modules"] = _sorted(facts["target_modules"])  # a set has another order in every process
     path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    heads = {f"base_model.model.score.{name}": value for name, value in head.items()}
-    save_file({n: v.detach().contiguous().cpu() for n, v in {**tensors, **heads}.items()}, folder / WEIGHTS)
+    save_file({n: v.detach().contiguous().cpu() for n, v in tensors.items()}, folder / WEIGHTS)
 
 
 def tensors_of(model, name: str) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from tasks.run.finite import NOT_FINITE, check_weights, first_not_finite
 from tasks.run.ranks import is_first
 
 PAD, EOS = "<|pad|>", "<|eos|>"
@@ -79,7 +80,8 @@ def load_causal(base: str | Path, revision: str = "main", key: str = "model.base
         keys: for transformers' `from_pretrained`; a `dtype` is one for other weights than float32.
 
     Raises:
-        ValueError: the folder or repository has no configuration or no safetensors weights.
+        ValueError: the folder or repository has no configuration or no safetensors weights, or a weight that
+            is not finite.
     """
     from transformers import AutoModelForCausalLM
 
@@ -141,10 +143,14 @@ def save_model(model, tokenizer, folder: Path) -> None:
     """A plain transformers folder holding its tokenizer (write it into a staged path).
 
     Of several processes only the first writes; the others get an empty folder.
+
+    Raises:
+        ValueError: a weight that is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not is_first():
         return
+    check_weights("the model is not saved", model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -157,10 +163,24 @@ def _load(auto, base: str | Path, key: str = "model.base", dtype=None, **keys):
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise ValueError(f"{key}: the folder {base} holds no *.safetensors weights")
     try:
-        return auto.from_pretrained(str(base), dtype=dtype or torch.float32, use_safetensors=True, **keys)
+        model = auto.from_pretrained(str(base), dtype=dtype or torch.float32, use_safetensors=True, **keys)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         # RuntimeError, ImportError: quantised weights, and no GPU or package for them; the last: a cut file
         raise ValueError(f"{key}: cannot load {base}: {_one_line(error)}") from error
+    if name := first_not_finite(model.named_parameters()):
+        raise ValueError(f"{key}: {base}{_file_of(folder, name)}: {name} {NOT_FINITE}")
+    return model
+
+
+def _file_of(folder: Path, tensor: str) -> str:
+    """`, <file>` for the one in which a tensor stands; nothing where the Hub's cache knows."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if tensor in file.keys():
+                return f", {path.name}"
+    return ""
 
 
 def _one_line(error: BaseException) -> str:

@@ -34,6 +34,20 @@ class Answers:
         )
 
 
+def check_scores(scores: np.ndarray, rows: Sequence[dict], name: str) -> None:
+    """Refuse scores [N·K] of K responses to each of N prompts that are not finite.
+
+    Raises:
+        ValueError: names the reward model's out and the question.
+    """
+    for place in np.flatnonzero(~np.isfinite(scores))[:1]:
+        row = rows[place * len(rows) // len(scores)]
+        raise ValueError(
+            f"policy_eval: artifacts/reward/{name} gives scores that are not finite, first to a response to "
+            f"{row['site']}/{row['question_id']}"
+        )
+
+
 def describe(answers: Answers, eos_id: int) -> dict[str, float]:
     """Score, length, eos rate, distinct-n and repetition of one model's responses."""
     flat = [r for row in answers.tokens for r in row]

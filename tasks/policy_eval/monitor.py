@@ -12,7 +12,7 @@ from params.schema import MonitorParams, Params
 from tasks.lm.forest import serve_forest
 from tasks.lm.reward_model import RewardModel, scale_of
 from tasks.lm.sequences import lay_out, read_responses
-from tasks.policy_eval.card import Answers
+from tasks.policy_eval.card import Answers, check_scores
 from tasks.run.layout import Layout
 from tasks.run.monitor import Look, Thresholds, findings_of, gain
 
@@ -52,8 +52,7 @@ def monitored(
     for policy, answers, kl in zip(policies, sampled, (np.zeros_like(kl_nats), kl_nats), strict=True):
         flat = [(row["prompt"], r) for row, own in zip(rows, answers.tokens, strict=True) for r in own]
         judged = judge.score(*zip(*flat, strict=True), microbatch).double().numpy()
-        if not np.isfinite(judged).all():
-            raise ValueError("policy_eval: artifacts/reward/judge gives scores that are not finite")
+        check_scores(judged, rows, "judge")
         entropy = entropies(policy, flat, tokenizer.pad_token_id, params.ppo.temperature, microbatch)
         looks.append(
             look_at(answers, judged, tokenizer.eos_token_id, scales=scales, kl_nats=kl, entropy_nats=entropy)

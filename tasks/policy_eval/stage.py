@@ -17,6 +17,7 @@ from tasks.lm.reward_model import RewardModel
 from tasks.lm.sequences import lay_out, response_logprobs
 from tasks.policy_eval.card import (
     Answers,
+    check_scores,
     correctness,
     describe,
     paired,
@@ -59,8 +60,7 @@ def answer(
         rows=machine.decode_rows,
     ).lists()
     scores = reward_model.score(prompts, tokens, machine.microbatch_rows).double().numpy()
-    if not np.isfinite(scores).all():
-        raise ValueError("policy_eval: artifacts/reward/model gives scores that are not finite")
+    check_scores(scores, rows, "model")
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     starts = range(0, len(prompts), samples)
     tokens, texts = ([flat[i : i + samples] for i in starts] for flat in (tokens, texts))

@@ -128,6 +128,7 @@ def run(params: Params, layout: Layout) -> StageResult:
 
         loop.run(layout.scratch("ppo"), params.machine.checkpoint_updates, report)
     chosen = loop.select()
+    loop.curve.check(layout.artifact("ppo", "curve.csv"))  # before the earlier model is replaced
     if params.ppo.lora_rank:
         merge(params, layout, loop)
     with staged(layout.artifact("ppo", "model")) as out:

@@ -37,6 +37,7 @@ from tasks.ppo.rewards import KLController, RunningMoments, kl_estimate, token_r
 from tasks.ppo.rollout import Rollout, observe
 from tasks.ppo.statistics import OF_TOKENS, Passes, moments_of, rollout_statistics, token_sums
 from tasks.run.devices import derive_seed
+from tasks.run.finite import check_weights
 from tasks.run.tracking import check_tracker, track
 
 MOST_RETURNS = 8  # to earlier weights, before the training is given up
@@ -70,10 +71,10 @@ class PPOTrainer:
             token), which is kept for all passes over it; a rollout that needs more is read anew in each.
 
     Raises:
-        ValueError: a model of another kind, a tokenizer without eos or pad, a reference of another
-            vocabulary or no model, an optimizer of other parameters, batch sizes that the processes do not
-            divide, a tracker or an optimizer that is not there, more layers unfrozen or shared than there
-            are, weights of the base that learn beside an adapter.
+        ValueError: a model of another kind, a tokenizer without eos or pad, a weight that is not finite,
+            a reference of another vocabulary or no model, an optimizer of other parameters, batch sizes that
+            the processes do not divide, a tracker or an optimizer that is not there, more layers unfrozen or
+            shared than there are, weights of the base that learn beside an adapter.
     """
 
     def __init__(
@@ -99,6 +100,9 @@ class PPOTrainer:
         if microbatch_rows < 1:
             raise ValueError(f"microbatch_rows is {microbatch_rows}; a forward takes at least one row")
         _check_models(model, ref_model, tokenizer)
+        for name, each in (("model", model), ("ref_model", ref_model)):
+            if each is not None:
+                check_weights(name, each)
         _check_optimizer(optimizer, model)
         check_tracker(config.log_with)
         check_optimizer(config.optimizer, "ppo.optimizer")

@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from tasks.run.checkpoint import Checkpoint, latest, load, restore_rng, rng_state, save
+from tasks.run.finite import check_tensors, check_weights
 from tasks.run.sharded import whole_model
 
 STATE_NAME, WEIGHTS_NAME = "trainer_state.json", "model.safetensors"  # transformers' names
@@ -88,6 +89,7 @@ class SafeCheckpoints:
         if not self.args.should_save:
             return
         weights = self._weights()
+        _check_weights(f"no checkpoint of step {step}", self.model, weights)
         if self.args.load_best_model_at_end and self.state.best_global_step == step:
             self.state.best_model_checkpoint = str(save(folder / "best", step, {"model": weights}, keep=1))
         callbacks = [*self.callback_handler.callbacks, self.control]
@@ -123,8 +125,9 @@ class SafeCheckpoints:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        _check_weights(f"the model is not saved in {folder}", model, state_dict)
+        folder.mkdir(parents=True, exist_ok=True)
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(folder, state_dict=state_dict)
         else:
@@ -202,6 +205,15 @@ class _AtStart(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer._start()
+
+
+def _check_weights(what: str, model: torch.nn.Module, state: dict[str, torch.Tensor] | None) -> None:
+    """Of a state without its buffers, in which a mask may hold −∞; None: of the model itself."""
+    if state is None:
+        check_weights(what, model)
+    else:
+        buffers = {name for name, _ in model.named_buffers()}
+        check_tensors(what, {name: value for name, value in state.items() if name not in buffers})
 
 
 def _of_base(model: torch.nn.Module) -> set[str]:
