@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from tasks.lm.ends import PAD, fit_special_tokens, give_pad, save_tokenizer
 from tasks.run.finite import NOT_FINITE, check_weights, first_not_finite
 from tasks.run.ranks import is_first
 
-PAD, EOS = "<|pad|>", "<|eos|>"
+EOS = "<|eos|>"
 
 
 def load_tokenizer(base: str | Path, revision: str = "main", key: str = "model.base", needs_eos: bool = True):
-    """A tokenizer with an eos and a pad token that differ (see :func:`give_pad`).
+    """A tokenizer with an eos and a pad token that differ (see :func:`tasks.lm.ends.give_pad`).
 
     Args:
         base: folder or Hub id.
@@ -33,18 +34,6 @@ def load_tokenizer(base: str | Path, revision: str = "main", key: str = "model.b
         raise ValueError(f"{key}: the tokenizer of {base} has no eos token")
     give_pad(tokenizer)
     return tokenizer
-
-
-def give_pad(tokenizer) -> None:
-    """A pad token that is not eos, where it has none.
-
-    It becomes unk or bos where one of these differs from eos; otherwise `<|pad|>` is added (the model's
-    embeddings must then grow: see :func:`fit_embeddings`).
-    """
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        spare = (t for t in (tokenizer.unk_token, tokenizer.bos_token) if t and t != tokenizer.eos_token)
-        pad = next(spare, None)
-        tokenizer.add_special_tokens({"pad_token": pad or PAD})
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
@@ -131,12 +120,10 @@ def create_causal(config: dict, tokenizer):
 
 
 def fit_embeddings(model, tokenizer) -> None:
-    """Grow the embeddings to the tokenizer, and tell the model its pad and eos."""
+    """Grow the embeddings to the tokenizer, and tell the model its eos and pad (:mod:`tasks.lm.ends`)."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    for config in (model.config, getattr(model, "generation_config", None)):
-        if config is not None:
-            config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    fit_special_tokens(model, tokenizer)
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
@@ -152,7 +139,10 @@ def save_model(model, tokenizer, folder: Path) -> None:
         return
     check_weights("the model is not saved", model)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is None:  # it scores: its pad is what its score is read by
+        tokenizer.save_pretrained(folder)
+    else:
+        save_tokenizer(tokenizer, folder)
 
 
 def _load(auto, base: str | Path, key: str = "model.base", dtype=None, **keys):

@@ -19,6 +19,7 @@ from tasks.ppo.reward_functions import RewardFunction, scores_of, texts_of
 from tasks.run import checkpoint
 from tasks.run.curve import Curve
 from tasks.run.devices import derive_seed
+from tasks.run.monitor.text import has_ended
 
 if TYPE_CHECKING:
     from tasks.ppo.trainer import PPOTrainer
@@ -209,7 +210,7 @@ class Loop:
         return self.trainer.sample(prompts, seeds, self.decode_rows)
 
     def _eos_rate(self, responses: Sequence[Sequence[int]]) -> float:
-        ended = [float(r[-1] == self.trainer.tokenizer.eos_token_id) for r in responses]
+        ended = [float(has_ended(r, self.trainer.ends)) for r in responses]
         return self.trainer.mean(ended)
 
     def _look_at_held_out(self, number: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.lm.ends import closed
 from tasks.lm.prompt import encode_texts, without_eos
 from tasks.lm.reward_model import RewardModel, scale_of
 from tasks.lm.scoring import check_scorer, room_of
@@ -68,7 +69,13 @@ def from_pipeline(
 
 
 def from_model(
-    model: Any, tokenizer: Any, *, normalize: bool = False, rows: int = 64, device: torch.device | str = "cpu"
+    model: Any,
+    tokenizer: Any,
+    *,
+    normalize: bool = False,
+    rows: int = 64,
+    device: torch.device | str = "cpu",
+    ends: Sequence[int] = (),
 ) -> RewardFunction:
     """The score of a reward model at the document's last token, or as an encoder's own head gives it.
 
@@ -79,6 +86,7 @@ def from_model(
         normalize: (score - mean) / standard deviation, from the `scores.json` in the model's folder.
         rows: documents in one forward.
         device: for a model that is loaded.
+        ends: tokens beside the tokenizer's eos that end a response of the policy (`PPOTrainer.ends`).
 
     Texts are read as finished documents; token ids end with eos only where the response does.
 
@@ -87,15 +95,20 @@ def from_model(
     """
     scale = scale_of(model, "normalize") if normalize else (0.0, 1.0)
     if isinstance(model, str | Path):
-        model = RewardModel.load(model, tokenizer, device, key="model")
+        model = RewardModel.load(model, tokenizer, device, key="model", policy_ends=ends)
     elif not isinstance(model, RewardModel):
         check_scorer(model)
-        model = RewardModel(model, tokenizer, tokenizer, shares_tokens=True)
+        model = RewardModel(model, tokenizer, tokenizer, shares_tokens=True, policy_ends=tuple(ends))
     return _of_tokens(lambda prompts, responses: model.score(prompts, responses, rows), tokenizer, *scale)
 
 
 def from_adapter(
-    model: Any, tokenizer: Any, *, scores: str | Path | None = None, rows: int = 64
+    model: Any,
+    tokenizer: Any,
+    *,
+    scores: str | Path | None = None,
+    rows: int = 64,
+    ends: Sequence[int] = (),
 ) -> RewardFunction:
     """The score of the reward adapter on the policy's own base, at the document's last token.
 
@@ -104,6 +117,7 @@ def from_adapter(
         tokenizer: the policy's.
         scores: folder of a scores.json, which normalises as in :func:`from_model`; None: raw scores.
         rows: documents in one forward.
+        ends: as for :func:`from_model`.
 
     Raises:
         ValueError: the model has no reward adapter, or the folder no scores.json.
@@ -111,8 +125,13 @@ def from_adapter(
     if not getattr(model, "supports_rm_adapter", False):
         raise ValueError("model has no reward adapter; load it with reward_adapter, or use from_model")
     scale = (0.0, 1.0) if scores is None else scale_of(scores, "normalize")
-    whole = lambda *both: [p + r for p, r in zip(*both, strict=True)]  # noqa: E731
-    return _of_tokens(lambda *both: model.score_documents(whole(*both), rows), tokenizer, *scale)
+
+    def score(prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+        responses = closed(responses, ends, tokenizer.eos_token_id)
+        whole = [p + r for p, r in zip(prompts, responses, strict=True)]
+        return model.score_documents(whole, rows)
+
+    return _of_tokens(score, tokenizer, *scale)
 
 
 def _of_tokens(score: Callable, tokenizer: Any, mean: float, std: float) -> RewardFunction:

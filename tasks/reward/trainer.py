@@ -14,9 +14,10 @@ from transformers import EvalPrediction, Trainer, set_seed
 
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.dropout import disable_dropout
+from tasks.lm.ends import ends_of, give_pad, ids_of
 from tasks.lm.forest import serve_forest, unwrapped
 from tasks.lm.freezing import freeze_layers
-from tasks.lm.loading import fit_embeddings, give_pad, load_reward, load_tokenizer
+from tasks.lm.loading import fit_embeddings, load_reward, load_tokenizer
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
 from tasks.lm.scoring import check_scorer, forest_scores, is_encoder, room_of
@@ -195,10 +196,10 @@ def _fit_special_tokens(model, tokenizer) -> None:
     if tokenizer is not None:
         if tokenizer.eos_token_id is None and not is_encoder(model):
             raise ValueError(f"processing_class: no eos token, which {type(bare).__name__} is read at")
-        give_pad(tokenizer)
+        give_pad(tokenizer, ends_of(bare))
         fit_embeddings(bare, tokenizer)
     pad, eos = bare.config.pad_token_id, bare.config.eos_token_id
-    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+    if pad is None or pad in ids_of(eos):
         raise ValueError(
             f"{type(bare).__name__}: pad_token_id is {pad}, eos_token_id {eos}; transformers reads the score "
             "at the last token that is not pad, so give processing_class, or set another pad_token_id"

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ class SafeCheckpoints:
     """
 
     _resumed: Checkpoint | None = None
+    _special: Sequence[tuple[Any, str, Any]] = ()
     _seconds_before = 0.0  # of training before the checkpoint that was resumed
 
     def __init__(self, *args: Any, **keys: Any) -> None:
@@ -65,6 +68,7 @@ class SafeCheckpoints:
         if resume_from_checkpoint or self.args.save_strategy != SaveStrategy.NO:
             self._refuse_sharded()
         self.args.restore_callback_states_from_checkpoint = True
+        self._special = _special_tokens(self.model)
         try:
             return super().train(resume_from_checkpoint or None, *args, **keys)
         finally:
@@ -134,7 +138,11 @@ class SafeCheckpoints:
             save_model(model, str(folder / WEIGHTS_NAME))
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            self.save_tokenizer(tokenizer, folder)
+
+    def save_tokenizer(self, tokenizer: Any, folder: Path) -> None:
+        """Beside the model."""
+        tokenizer.save_pretrained(folder)
 
     # ---- reading
 
@@ -183,7 +191,12 @@ class SafeCheckpoints:
         return (epochs, 0) if self.state.global_step >= max_steps else position
 
     def _start(self) -> None:
-        """After Trainer has set its counters to zero: back to those of the checkpoint."""
+        """After Trainer has set its counters to zero: back to those of the checkpoint.
+
+        And after it has put the tokenizer's special tokens over those of the model, which are the base's.
+        """
+        for config, name, value in self._special:
+            setattr(config, name, value)
         self._started, self._seconds_before = time.time(), 0.0
         if self._resumed is None:
             return
@@ -205,6 +218,16 @@ class _AtStart(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer._start()
+
+
+def _special_tokens(model: torch.nn.Module) -> list[tuple[Any, str, Any]]:
+    """(configuration, name, id or ids) of each special token that a model's configurations tell."""
+    bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    if not hasattr(bare, "config"):
+        return []
+    configs = [bare.config, bare.config.get_text_config(), getattr(bare, "generation_config", None)]
+    names = [f"{kind}_token_id" for kind in ("bos", "eos", "pad")]
+    return [(c, name, copy(getattr(c, name, None))) for c in configs if c is not None for name in names]
 
 
 def _check_weights(what: str, model: torch.nn.Module, state: dict[str, torch.Tensor] | None) -> None:

@@ -16,6 +16,7 @@ from transformers import EvalPrediction, Trainer, set_seed
 from transformers.trainer_utils import PredictionOutput
 
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
+from tasks.lm.ends import fit_special_tokens, save_tokenizer
 from tasks.lm.forest import has_forest, run_forest, serve_forest, unwrapped
 from tasks.lm.freezing import freeze_layers
 from tasks.lm.heads import Predictions, check_causal, predict
@@ -80,6 +81,8 @@ class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckpoin
             fit_embeddings(model, processing_class)
         check_causal(model)
         check_weights("model", model)
+        if processing_class is not None:
+            fit_special_tokens(unwrapped(model), processing_class)
         if peft_config is not None:
             model = add_adapter(model, config=peft_config)
         freeze_layers(model, args.num_layers_unfrozen)
@@ -112,6 +115,10 @@ class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckpoin
         self.tokens_seen = 0
         self.model_accepts_loss_kwargs = True  # the loss below divides by the tokens of the whole batch
         self._loss_shifts_labels = False  # and ours are aligned already: every label counts
+
+    def save_tokenizer(self, tokenizer, folder: Path) -> None:
+        """Beside the model, as a language model's."""
+        save_tokenizer(tokenizer, folder)
 
     def merged(self, onto=None):
         """The plain model, its adapter merged in; checked on documents of the training data.
