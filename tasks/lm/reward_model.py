@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tasks.lm.ends import closed, same_words
 from tasks.lm.loading import fit_embeddings, load_reward, load_tokenizer
-from tasks.lm.prompt import encode_texts, without_eos
+from tasks.lm.prompt import without_eos
+from tasks.lm.reading import encode
 from tasks.lm.scoring import is_encoder, room_of, score_documents
 
 LEAST_STD = 1e-6  # scores are divided by no less
@@ -99,7 +100,7 @@ class RewardModel:
         if self.shares_tokens:
             return whole
         clean = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        found = encode_texts(self.tokenizer, self.policy_tokenizer.batch_decode(whole, **clean))
+        found = encode(self.tokenizer, self.policy_tokenizer.batch_decode(whole, **clean), "text")
         most = room_of(self.model)
         if is_encoder(self.model):
             return [ids if most is None or len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in found]

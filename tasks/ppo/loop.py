@@ -11,6 +11,9 @@ import torch
 
 from params.schema import PPOConfig
 from tasks.lm.generation import Responses, row_seeds
+from tasks.lm.prompt import without_eos
+from tasks.lm.reading import encode
+from tasks.lm.seq2seq import is_seq2seq
 from tasks.lm.switching import learnt, load_learnt
 from tasks.ppo.batch import check_tokens
 from tasks.ppo.looks import HELD_OUT, OF_JUDGE, Looks
@@ -93,7 +96,11 @@ def train(
 def _tokens(trainer: PPOTrainer, name: str, given: Sequence | None, is_text: bool) -> list[list[int]]:
     if given is None:
         return []
-    ids = [trainer.tokenizer(text)["input_ids"] for text in given] if is_text else list(given)
+    ids = list(given)
+    if is_text:
+        ids = encode(trainer.tokenizer, ids, "text")
+        if not is_seq2seq(trainer.model.pretrained_model):  # an encoder's source ends as its tokenizer says
+            ids = [without_eos(row, trainer.tokenizer) for row in ids]
     most = trainer.room().of_prompt(trainer.config.response_tokens)
     return check_tokens(name, ids, trainer.vocabulary(), room=most)
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tasks.lm.ends import closed
-from tasks.lm.prompt import encode_texts, without_eos
+from tasks.lm.prompt import without_eos
+from tasks.lm.reading import encode, harmless
 from tasks.lm.reward_model import RewardModel, scale_of
 from tasks.lm.scoring import check_scorer, room_of
 from tasks.ppo.batch import read_scores
@@ -54,6 +55,7 @@ def from_pipeline(
     if label not in known:
         raise ValueError(f"label: the pipeline has no {label!r}; it has {', '.join(known)}")
     keys = {"top_k": None, "function_to_apply": "none", "truncation": True, "batch_size": batch_size}
+    keys["split_special_tokens"] = True  # a text's letters, as everywhere
     most = room_of(pipe.model)
     if most is not None and most < pipe.tokenizer.model_max_length:
         keys["max_length"] = most
@@ -62,6 +64,7 @@ def from_pipeline(
         prompts, responses = _as_texts("from_pipeline", tokenizer, prompts, responses)
         whole = reads == "both"
         texts = [p + r if whole else r for p, r in zip(prompts, responses, strict=True)]
+        texts = harmless(pipe.tokenizer, texts)
         said = [{each["label"]: each["score"] for each in found} for found in pipe(texts, **keys)]
         return torch.tensor([of_text[label] for of_text in said])
 
@@ -138,7 +141,7 @@ def _of_tokens(score: Callable, tokenizer: Any, mean: float, std: float) -> Rewa
     def model_score(prompts: Sequence, responses: Sequence) -> Tensor:
         if _are_texts(prompts):
             whole = [p + r for p, r in zip(prompts, responses, strict=True)]
-            prompts = [without_eos(ids, tokenizer) for ids in encode_texts(tokenizer, whole)]
+            prompts = [without_eos(ids, tokenizer) for ids in encode(tokenizer, whole, "text")]
             responses = [[tokenizer.eos_token_id]] * len(prompts)
         return (score(_ids(prompts), _ids(responses)) - mean) / std
 
