@@ -6,11 +6,12 @@ are rendered by the model's own chat template and read as the model reads them: 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 Kind = Literal["text", "messages"]
 TRIES = 3  # a text without a special token's letters is found in one, but for strange normalisers
@@ -76,6 +77,16 @@ def marker_in(tokenizer, text: str) -> str | None:
     return found and found[0]
 
 
+def warn_of_marker(tokenizer, text: str) -> None:
+    """Say, once for a tokenizer, that a row of text spells a special token; most likely it was rendered."""
+    if tokenizer not in _WARNED and (marker := marker_in(tokenizer, text)):
+        _WARNED.add(tokenizer)
+        _log.warning(
+            "a row of text spells %s, which is read as letters; where the token is meant, give messages or "
+            "input_ids", marker,
+        )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class _Special:
     """Special tokens of a tokenizer as it was when there were `size` tokens."""
@@ -87,6 +98,8 @@ class _Special:
 
 
 _KNOWN: WeakKeyDictionary[Any, _Special] = WeakKeyDictionary()
+_WARNED: WeakSet[Any] = WeakSet()
+_log = logging.getLogger(__name__)
 
 
 def _special_of(tokenizer) -> _Special:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tasks.lm.prompt import without_eos
-from tasks.lm.reading import encode
+from tasks.lm.reading import encode, warn_of_marker
 from tasks.reward.records import NOTHING, GroupedAnswers, check, cut, share_prompt
 from tasks.run.rows import read_rows
 
@@ -98,5 +98,6 @@ def _document(row: Mapping[str, Any], side: str, tokenizer) -> tuple[int, ...]:
             tokenizer, [whole], "messages", tools=tools, **(row.get("chat_template_kwargs") or {})
         )
         return tuple(ids)
+    warn_of_marker(tokenizer, whole)
     (ids,), eos = encode(tokenizer, [whole], "text"), tokenizer.eos_token_id
     return tuple(ids if eos is None else [*without_eos(ids, tokenizer), eos])

@@ -12,7 +12,7 @@ import numpy as np
 
 from tasks.lm.bins import BUNDLES_PER_ROW, best_fit_decreasing, bundle
 from tasks.lm.prompt import without_eos
-from tasks.lm.reading import encode, render
+from tasks.lm.reading import encode, render, warn_of_marker
 from tasks.run.rows import read_rows
 from tasks.sft.records import PackedRow
 
@@ -184,6 +184,7 @@ def _of_conversation(prompt: list, whole: list, row, tokenizer, assistant_only: 
 def _with_eos(text: str, tokenizer) -> tuple[int, ...]:
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos token to end a text with; set one, or give input_ids")
+    warn_of_marker(tokenizer, text)
     return (*_ids(text, tokenizer), tokenizer.eos_token_id)
 
 

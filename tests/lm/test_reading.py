@@ -198,3 +198,14 @@ def test_a_pipeline_reads_letters_too():
     with torch.no_grad():
         wanted = model(torch.tensor([ids])).logits[0, 0]
     assert said.item() == pytest.approx(wanted.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("read", [by_sft, by_reward])
+def test_rows_that_were_rendered_beforehand_are_told_once(read, caplog):
+    known = chat_tokenizer()
+    read(known, "no marker", "here")
+    assert not caplog.records
+    for _ in range(2):
+        read(known, f"<|im_start|>user{TURN}", "yes")
+    (told,) = caplog.messages
+    assert told.startswith("a row of text spells <|im_start|>, which is read as letters;")
