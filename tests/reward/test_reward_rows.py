@@ -36,7 +36,8 @@ def test_texts():
     """Prompt and answer are tokenised in one go and end with eos; what a text spells are letters."""
     row = {"prompt": "What is 1 + 2?", "chosen": " It is 3.", "rejected": " It is 4.<|eos|>"}
     group = read_row(row, tiny.tokenizer())
-    assert whole(group) == [[*ids("What is 1 + 2? It is 3."), EOS], [*ids("What is 1 + 2? It is 4.<|eos|>", split_special_tokens=True), EOS]]
+    spelled = ids("What is 1 + 2? It is 4.<|eos|>", split_special_tokens=True)
+    assert whole(group) == [[*ids("What is 1 + 2? It is 3."), EOS], [*spelled, EOS]]
     assert group.pairs == ((0, 1),) and group.weights == () == group.gaps
     first, second = group.responses
     assert len(group.prompt) > 3 and first[0] != second[0], "all they share is the prompt"
