@@ -1,4 +1,3 @@
-import math
 
 import pytest
 
@@ -8,11 +7,11 @@ from tasks.run.curve import Curve, plot
 
 def test_the_file_holds_every_bit_in_a_fixed_order(tmp_path):
     curve = Curve(["score", "kl_nats"])
-    curve.add(20, kl_nats=1e-300, score=math.nan)
+    curve.add(20, kl_nats=1e-300, score=-0.0)
     curve.add(10, kl_nats=0.1 + 0.2, score=1)
     curve.add(30, score=-2.5)
     path = curve.write(tmp_path / "artifacts/ppo/curve.csv")
-    assert path.read_text() == "step,score,kl_nats\n10,1.0,0.30000000000000004\n20,nan,1e-300\n30,-2.5,\n"
+    assert path.read_text() == "step,score,kl_nats\n10,1.0,0.30000000000000004\n20,-0.0,1e-300\n30,-2.5,\n"
 
 
 def test_a_step_that_is_logged_again_has_one_row():
