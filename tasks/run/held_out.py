@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tasks.run.rows import is_several
+
 
 class HeldOut:
     """A mixin that stands before Trainer and beside InParts.
@@ -16,7 +18,7 @@ class HeldOut:
 
     def read_held_out(self, dataset: Any) -> Any:
         """A dataset, or a dict of several by name, as records."""
-        if isinstance(dataset, dict):
+        if is_several(dataset):
             return {name: self.read(rows, f"eval_dataset {name}") for name, rows in dataset.items()}
         return self.read(dataset, "eval_dataset")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -13,29 +13,14 @@ import numpy as np
 from tasks.lm.bins import BUNDLES_PER_ROW, best_fit_decreasing, bundle
 from tasks.lm.prompt import without_eos
 from tasks.lm.reading import encode, render, warn_of_marker
-from tasks.run.rows import read_rows
-from tasks.sft.records import PackedRow
+from tasks.run.rows import check_row, once, read_rows
+from tasks.run.turns import check_answer, read_turns
+from tasks.sft.ids import read_ids
+from tasks.sft.records import Document, PackedRow
 
-FORMS = "{text}, {prompt, completion}, {messages} or {input_ids[, labels | completion_mask]}"
-NOT_LEARNT = -100  # transformers' label of a token that is only read
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """Tokens of one document.
-
-    Miniature: `Document((5, 6, 7, 1), prompt=2)` learns 7 and 1 where the loss is on responses;
-    `Document((5, 6, 7, 1), 0, ignored=(0, 2))` learns 6 and 1, wherever the loss is.
-    """
-
-    tokens: tuple[int, ...]
-    prompt: int  # tokens of its prompt; 0: there is none
-    ignored: tuple[int, ...] = ()  # places that are read and never learnt
-
-    def teaches(self, loss_on: str) -> bool:
-        """Whether a token is left to learn; nothing predicts the first."""
-        first = max(1, self.prompt) if loss_on == "response" else 1
-        return not set(range(first, len(self.tokens))) <= set(self.ignored)
+FORMS = "{text}, {prompt, completion}, {messages} or {input_ids[, labels | completion_mask | …]}"
+CUT_BY_TRL = 1024  # tokens, its default of max_length
+_SAID: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +35,9 @@ class Reader:
     max_length: int | None = None  # tokens of a document; longer ones are cut, without eos
     assistant_only: bool = False  # of a conversation only what its template marks as the assistant's
     drops: bool = False  # a row that cannot teach is left out and named in a warning; else it is refused
+    formatting: Callable[[Any], str] | None = None  # a row -> its text
 
-    def __call__(self, dataset: Collection[PackedRow | Mapping], what: str) -> list[PackedRow]:
+    def __call__(self, dataset: Any, what: str) -> list[PackedRow]:
         """All of it; rows that are packed already stay as they are.
 
         Raises:
@@ -59,7 +45,16 @@ class Reader:
         """
         found = read_rows(dataset, what, self._read, self.drops)
         documents = [one for one in found if isinstance(one, Document)]
+        self._tell_differences(documents)
         return [one for one in found if isinstance(one, PackedRow)] + pack(documents, self.row_tokens)
+
+    def _tell_differences(self, documents: Sequence[Document]) -> None:
+        """From TRL, where they change what these documents teach; once."""
+        if self.loss_on == "all" and any(d.prompt and not d.is_dialogue for d in documents):
+            once(_SAID, "prompts are learnt too; loss_on='response' learns completions alone, as TRL does")
+        longest = max((len(d.tokens) for d in documents), default=0)
+        if self.max_length is None and longest > CUT_BY_TRL:
+            once(_SAID, "no document is cut (one has %d tokens); TRL cuts at max_length=1024", longest)
 
     def _read(self, row: PackedRow | Mapping[str, Any], _name: str) -> PackedRow | Document:
         found = row if isinstance(row, PackedRow) else self._document(row)
@@ -67,11 +62,19 @@ class Reader:
         return found
 
     def _document(self, row: Mapping[str, Any]) -> Document:
-        document = read_document(row, self.tokenizer, self.assistant_only)
+        if self.formatting is not None:
+            text = self.formatting(row)
+            if not isinstance(text, str):
+                raise ValueError(f"formatting_func gives {type(text).__name__}; one row's text is wanted")
+            row = {"text": text}
+        check_row(row)
+        document = read_document(row, self.tokenizer, self.assistant_only, self.loss_on == "response")
         whole, most = len(document.tokens), self.max_length
         if most is not None and whole > most:
             ignored = tuple(place for place in document.ignored if place < most)
-            document = Document(document.tokens[:most], min(document.prompt, most), ignored)
+            document = replace(
+                document, tokens=document.tokens[:most], prompt=min(document.prompt, most), ignored=ignored
+            )
         if not document.teaches(self.loss_on):
             raise ValueError(f"of {len(document.tokens)} tokens (of {whole}) none is left to learn")
         return document
@@ -109,59 +112,50 @@ def pack(documents: Sequence[Document], row_tokens: int) -> list[PackedRow]:
     return rows
 
 
-def read_document(row: Mapping[str, Any], tokenizer, assistant_only: bool = False) -> Document:
+def read_document(
+    row: Mapping[str, Any], tokenizer, assistant_only: bool = False, response_only: bool = False
+) -> Document:
     """One row as a document, its tokens and what is learnt as TRL 1.16 has them.
 
     Args:
         row: `{"text"}`; `{"prompt", "completion"}`, texts or conversations (`[{"role": "user", "content":
             "…"}, …]`); `{"messages"}`, a conversation; or `{"input_ids"}` with or without `labels` (−100: not
-            learnt) or `completion_mask` (0: the prompt). Texts end with eos, conversations as their template
-            says; of one without a prompt the last answer is the response. A text is letters, whatever
-            markers it spells (:mod:`tasks.lm.reading`).
+            learnt), `completion_mask` (0: the prompt) and more (:func:`tasks.sft.ids.read_ids`).
+            `conversations` is another name of `messages`, and `{from, value}` of a turn there. Texts end with
+            eos, conversations as their template says; of one without a prompt the last answer is learnt. A
+            text is letters, whatever markers it spells (:mod:`tasks.lm.reading`).
         tokenizer: any; None serves token ids.
         assistant_only: learn what the chat template marks by `{% generation %}`, and nothing else.
+        response_only: the last answer will be learnt, and so must be the assistant's.
 
     Raises:
-        ValueError: the row has another form, its template marks nothing, or the tokenizer has no eos token
-            (texts) or no chat template (conversations).
+        ValueError: the row has another form, its template marks nothing, its answer is somebody else's, or
+            the tokenizer has no eos token (texts) or no chat template (conversations).
     """
     if "input_ids" in row:
-        return _of_ids(row)
+        return read_ids(row)
+    if "conversations" in row and not {"messages", "text", "prompt"} & row.keys():
+        row = {**row, "messages": read_turns(row["conversations"], "conversations")}
     forms = [form for form in (("text",), ("prompt", "completion"), ("messages",)) if set(form) <= row.keys()]
     if len(forms) != 1:
         raise ValueError(f"it has {sorted(row)}; {FORMS} is wanted")
     if tokenizer is None:
         raise ValueError("it holds text; processing_class, a tokenizer, is wanted")
-    parts = [row[key] for key in forms[0]]
+    parts = [row[key].tolist() if hasattr(row[key], "tolist") else row[key] for key in forms[0]]
     kind = list if forms[0] == ("messages",) or isinstance(parts[0], list) else str
     if not all(isinstance(part, kind) for part in parts) or not parts[-1]:
         form, wanted = " and ".join(forms[0]), "conversation" if kind is list else "text"
         raise ValueError(f"{form}: {wanted} is wanted, and not an empty one")
     if kind is list:
+        shares = forms[0] != ("messages",)
+        parts = [read_turns(part, name, shares) for part, name in zip(parts, forms[0], strict=True)]
+        if response_only and not assistant_only:
+            check_answer(parts[-1], forms[0][-1], alone=len(parts) == 2)
         whole = [turn for part in parts for turn in part]
         prompt = parts[0] if len(parts) == 2 else whole[:-1]
         return _of_conversation(prompt, whole, row, tokenizer, assistant_only)
     whole = _with_eos("".join(parts), tokenizer)
     return Document(whole, _shared(_ids(parts[0], tokenizer), whole) if len(parts) == 2 else 0)
-
-
-def _of_ids(row: Mapping[str, Any]) -> Document:
-    tokens = tuple(row["input_ids"])
-    labels, mask = row.get("labels"), row.get("completion_mask")
-    for name, values in (("labels", labels), ("completion_mask", mask)):
-        if values is not None and len(values) != len(tokens):
-            raise ValueError(f"{len(values)} {name} for {len(tokens)} input_ids")
-    if labels is not None:
-        wrong = [i for i, (a, b) in enumerate(zip(labels, tokens, strict=True)) if a not in (b, NOT_LEARNT)]
-        if wrong:
-            raise ValueError(f"label {wrong[0]} is neither its token nor {NOT_LEARNT}")
-        ignored = tuple(i for i, label in enumerate(labels) if label == NOT_LEARNT)
-        return Document(tokens, 0, ignored)
-    if mask is not None:
-        first = next((i for i, learnt in enumerate(mask) if learnt), len(mask))
-        ignored = tuple(i for i in range(first, len(mask)) if not mask[i])
-        return Document(tokens, first, ignored)
-    return Document(tokens, 0)
 
 
 def _of_conversation(prompt: list, whole: list, row, tokenizer, assistant_only: bool) -> Document:
@@ -178,7 +172,7 @@ def _of_conversation(prompt: list, whole: list, row, tokenizer, assistant_only: 
     if not prompt:
         return Document(tokens, 0)
     before = render(tokenizer, prompt, add_generation_prompt=True, **keys)["input_ids"]
-    return Document(tokens, _shared(before, tokens))
+    return Document(tokens, _shared(before, tokens), is_dialogue="completion" not in row)
 
 
 def _with_eos(text: str, tokenizer) -> tuple[int, ...]:

@@ -12,6 +12,25 @@ from tasks.lm.forest import Forest, Segment, plant
 
 
 @dataclass(frozen=True, slots=True)
+class Document:
+    """Tokens of one document.
+
+    Miniature: `Document((5, 6, 7, 1), prompt=2)` learns 7 and 1 where the loss is on responses;
+    `Document((5, 6, 7, 1), 0, ignored=(0, 2))` learns 6 and 1, wherever the loss is.
+    """
+
+    tokens: tuple[int, ...]
+    prompt: int  # tokens of its prompt; 0: there is none
+    ignored: tuple[int, ...] = ()  # places that are read and never learnt
+    is_dialogue: bool = False  # its prompt is the turns before the last
+
+    def teaches(self, loss_on: str) -> bool:
+        """Whether a token is left to learn; nothing predicts the first."""
+        first = max(1, self.prompt) if loss_on == "response" else 1
+        return not set(range(first, len(self.tokens))) <= set(self.ignored)
+
+
+@dataclass(frozen=True, slots=True)
 class PackedRow:
     """Documents one after another.
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from copy import deepcopy
 
+import numpy as np
 import pytest
 import tiny
+import torch
 from datasets import Dataset
 from made_rewards import chat_tokenizer
 
@@ -92,6 +95,33 @@ def test_an_encoder_closes_its_documents_itself():
     assert whole(group) == [letters(["[CLS]", *"ab", c, "[SEP]"]) for c in "cd"]
 
 
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_padded_token_ids_by_other_names(kind):
+    row = {"input_ids_chosen": kind([5, 6, 7, 0]), "input_ids_rejected": kind([0, 5, 6, 8])}
+    masks = {"attention_mask_chosen": kind([1, 1, 1, 0]), "attention_mask_rejected": kind([0, 1, 1, 1])}
+    wanted = GroupedAnswers((5, 6), ((7,), (8,)), ((0, 1),))
+    assert read_row(row | masks, None) == wanted
+    masks = {"chosen_attention_mask": kind([1, 1, 1, 0]), "rejected_attention_mask": kind([0, 1, 1, 1])}
+    row = {"chosen_ids": row["input_ids_chosen"], "rejected_ids": row["input_ids_rejected"]}
+    assert read_row(row | masks, None) == wanted
+
+
+def test_public_shapes_of_preferences():
+    """ultrafeedback's prompt stands in both conversations; LLaMA-Factory has turns of from and value."""
+    tokenizer = deepcopy(tiny.tokenizer())
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    plain = read_row({"chosen": turns("a", "b"), "rejected": turns("a", "c")}, tokenizer)
+    answers = {"chosen": turns("a", "b"), "rejected": turns("a", "c")}
+    ends = {"chosen": turns("a", "b")[1:], "rejected": turns("a", "c")[1:]}
+    single = {"chosen": {"from": "gpt", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}}
+    for row in (
+        {"prompt": "a", **answers, "messages": turns("a", "b"), "score_chosen": 8.0}, {"prompt": "a", **ends},
+        {"prompt": turns("a"), **answers}, {"prompt": turns("a"), **ends},
+        {"conversations": [{"from": "human", "value": "a"}], **single},
+    ):  # fmt: skip
+        assert read_row(row, tokenizer) == plain
+
+
 PAIR = {"prompt": "1 + 2 =", "chosen": " 3", "rejected": " 4"}
 
 
@@ -106,7 +136,24 @@ PAIR = {"prompt": "1 + 2 =", "chosen": " 3", "rejected": " 4"}
         ({**PAIR, "prompt": 7}, "texts or conversations, not int"),
         ({**PAIR, "prompt": "", "chosen": ""}, "chosen is empty, and so is its prompt"),
         ({"chosen": [], "rejected": turns("a")}, "chosen is empty"),
-        ({"chosen": turns("a"), "rejected": turns("b")}, "the tokenizer has no chat template"),
+        ({"chosen": turns("a", "b"), "rejected": turns("a", "c")}, "the tokenizer has no chat template"),
+        (
+            {"chosen": turns("a", "b", "c"), "rejected": turns("a", "c")},
+            "chosen ends with the user; only the",
+        ),
+        (
+            {"prompt": "z", "chosen": turns("a", "b"), "rejected": turns("a", "c")},
+            "prompt is none of the turns",
+        ),
+        (
+            {"chosen": "b", "rejected": "c", "instruction": "a"},
+            "instruction would not be read; name it prompt",
+        ),
+        ({"chosen_ids": [3, 4], "rejected_ids": "ab"}, "rejected_ids is of type str"),
+        (
+            {"chosen_ids": [3, 4], "rejected_ids": [3, 5], "chosen_attention_mask": [1]},
+            "1 chosen_attention_mask",
+        ),
         ({**PAIR, "prompt": turns("a")}, "both texts or both conversations"),
         ({"prompt": "a", "response": "b", "label": None}, "label None: 0 or 1 is wanted"),
         ({"prompt": "a", "response": "b", "label": math.nan}, "label nan: 0 or 1"),

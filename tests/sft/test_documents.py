@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import tiny
+import torch
 from datasets import Dataset
 
 from tasks.sft.documents import Document, Reader, pack, read_document
@@ -212,3 +214,94 @@ def test_nothing_to_learn_from_and_no_tokenizer():
         reader()([], "train_dataset")
     with pytest.raises(ValueError, match=r"row 0: it holds text; processing_class, a tokenizer, is wanted"):
         reader(tokenizer=None)([GOOD], "train_dataset")
+
+
+ROW = {"input_ids": [0, 5, 6, 7, 8, 0], "attention_mask": [0, 1, 1, 1, 1, 0]}
+
+
+@pytest.mark.parametrize(
+    ("more", "document"),
+    [
+        ({}, Document((5, 6, 7, 8), 0)),
+        ({"labels": [-100, -100, 6, 7, 8, -100]}, Document((5, 6, 7, 8), 0, (0,))),
+        ({"completion_mask": [0, 0, 0, 1, 0, 0]}, Document((5, 6, 7, 8), 2, (3,))),
+        ({"assistant_masks": [0, 0, 1, 0, 1, 0]}, Document((5, 6, 7, 8), 0, (0, 2))),
+        ({"completion_mask": [0, 0, 0, 1, 1, 1], "labels": [-100, -100, 6, 7, -100, -100]},
+         Document((5, 6, 7, 8), 2, (0, 3))),
+        ({"position_ids": [1, 0, 1, 2, 3, 1], "seq_lengths": [4], "token_type_ids": [0] * 6},
+         Document((5, 6, 7, 8), 0)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_what_stands_beside_token_ids_is_used(kind, more, document):
+    assert read_document({name: kind(values) for name, values in {**ROW, **more}.items()}, None) == document
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"attention_mask": [1, 0, 1, 1, 1, 1]}, "attention_mask hides tokens between others"),
+        ({"attention_mask": [1, 1]}, "2 attention_mask for 6 tokens"),
+        ({"position_ids": [0, 0, 1, 0, 1, 0]}, "position_ids do not count by one"),
+        ({"seq_lengths": [2, 2]}, "seq_lengths: several documents in a row"),
+        ({"token_type_ids": [0, 0, 0, 1, 1, 1]}, "token_type_ids: "),
+        ({"assistant_masks": [1, 1]}, "2 assistant_masks for 6 input_ids"),
+        ({"labels": [-100, 9, 6, 7, 8, -100]}, "label 0 is neither its token nor -100"),
+        ({"input_ids": [[5, 6]]}, r"input_ids holds \[5, 6\]; whole numbers"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(more, message):
+    with pytest.raises(ValueError, match=message):
+        read_document({**ROW, **more}, None)
+
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}
+TOOL = {"role": "tool", "content": "42"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER, ANSWER, USER]}, "messages ends with the user; only the assistant's is learnt"),
+        ({"messages": [USER, ANSWER, TOOL]}, "messages ends with the tool"),
+        ({"messages": [USER]}, "messages ends with the user"),
+        ({"prompt": [USER], "completion": [ANSWER, USER, ANSWER]}, "completion holds a turn of the user"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, "messages ends with the user"),
+    ],
+)
+def test_only_the_assistant_is_learnt_as_the_response(row, message):
+    with pytest.raises(ValueError, match=message):
+        reader(loss_on="response")([row], "d")
+    assert reader()([row], "d"), "where all is learnt, so are other turns"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('roles\nmust alternate') }}", "{{ messages[0].x.y }}", "{{ 1 / 0 }}", "{% if %}"],
+)
+def test_what_a_template_raises_has_its_row(template, caplog):
+    rows = [{"text": "a"}, {"messages": [USER, ANSWER]}]
+    with pytest.raises(ValueError, match=r"^d, row 1: \w+") as error:
+        reader(tokenizer=chatty(template))(rows, "d")
+    assert "\n" not in str(error.value)
+    assert len(reader(tokenizer=chatty(template), drops=True)(rows, "d")) == 1
+    assert "1 of 2 rows left out: d, row 1: " in caplog.text
+
+
+def test_a_row_becomes_the_text_that_it_is_told():
+    rows = [{"a": "It is", "b": " 3."}]
+    wanted = reader()([{"text": "It is 3."}], "d")
+    assert reader(formatting=lambda row: row["a"] + row["b"])(rows, "d") == wanted
+    for wrong in (lambda row: [row["a"]], lambda row: row["c"]):
+        with pytest.raises(ValueError, match=r"^d, row 0: "):
+            reader(formatting=wrong)(rows, "d")
+
+
+def test_where_trl_does_otherwise_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr("tasks.sft.documents._SAID", set())
+    rows = [{"prompt": "It is", "completion": " 3." * 1500}]
+    for _ in range(2):
+        reader()(rows, "d")
+        reader(loss_on="response", max_length=64)(rows, "d")
+    assert caplog.text.count("loss_on='response' learns completions alone") == 1
+    assert caplog.text.count("TRL cuts at max_length=1024") == 1
