@@ -29,17 +29,20 @@ def add_adapter(model: nn.Module, rank: int = 8, alpha: float = 16.0, config=Non
             not; it is changed in place.
         rank: of LoRA (arXiv 2106.09685) on all linear layers but the head.
         alpha: LoRA's outputs are multiplied by alpha / rank.
-        config: a peft configuration instead of rank and alpha; its task type becomes the model's, for of
-            another one peft would freeze the fresh score head.
+        config: a peft configuration, or a dict of one (LoRA's where it names no `peft_type`), instead of rank
+            and alpha; its task type becomes the model's, for of another one peft would freeze the fresh score
+            head.
 
     Raises:
         ValueError: the model has an adapter already, or the configuration is of one that is not served
             (:func:`tasks.lm.adapter_kinds.check_kind`), or not on this base.
     """
-    from peft import TaskType, get_peft_model, prepare_model_for_kbit_training
+    from peft import TaskType, get_peft_config, get_peft_model, prepare_model_for_kbit_training
 
     if has_adapter(model):
         raise ValueError("the model has an adapter already; merge it first")
+    if isinstance(config, dict):
+        config = get_peft_config({"peft_type": "LORA", **config})
     config = deepcopy(_checked(config or lora(rank, alpha)))  # peft writes into it
     _check_cut(model, config)
     if is_quantized(model):

@@ -14,7 +14,7 @@ from tasks.lm.quantized import check_bitsandbytes
 NAMES = ("adam", "adamw", "adamw_8bit", "muon", "sgd")
 MOMENTUM = 0.9  # of sgd
 OUTER = ("lm_head", "embed_out", "score", "classifier", "summary")  # heads, the value head's included
-BETAS = (0.9, 0.95)
+BETAS, EPS = (0.9, 0.95), 1e-8
 
 
 class BatchedMuon(Muon):
@@ -77,13 +77,14 @@ class MuonAdamW(Optimizer):
         lr: float,
         weight_decay: float,
         betas: tuple[float, float] = BETAS,
+        eps: float = EPS,
     ) -> None:
         keys = {"lr": lr, "weight_decay": weight_decay}
         self.parts: dict[str, Optimizer] = {}  # an adapter leaves nothing to AdamW, a frozen trunk to Muon
         if matrices:
             self.parts["muon"] = BatchedMuon(matrices, **keys)
         if others:
-            self.parts["adamw"] = AdamW(others, betas=betas, **keys)
+            self.parts["adamw"] = AdamW(others, betas=betas, eps=eps, **keys)
         super().__init__([*matrices, *others], keys)
         self._link()
 
@@ -134,6 +135,7 @@ def make_optimizer(
     weight_decay: float,
     betas: tuple[float, float] = BETAS,
     key: str = "optimizer",
+    eps: float = EPS,
 ) -> Optimizer:
     """An optimizer over the trainable parameters; norms and biases do not decay but under Muon.
 
@@ -144,6 +146,7 @@ def make_optimizer(
         weight_decay: decoupled from the gradient; `adam` has none, and of `sgd` it is part of the gradient.
         betas: decay of the two moments of the Adams.
         key: names `name` in messages.
+        eps: added to the Adams' root of the second moment.
 
     Raises:
         ValueError: as :func:`check_optimizer`, or `adam` with a weight decay.
@@ -157,11 +160,11 @@ def make_optimizer(
         matrices = [p for _, p in named if p.ndim == 2 and id(p) not in outer]
         inner = {id(p) for p in matrices}
         others = [p for _, p in named if id(p) not in inner]
-        return MuonAdamW(matrices, others, learning_rate, weight_decay, betas)
+        return MuonAdamW(matrices, others, learning_rate, weight_decay, betas, eps)
     if name == "adam":
         if weight_decay:
             raise ValueError(f"{key}: adam has no weight decay ({weight_decay}); adamw has")
-        return Adam([p for _, p in named], learning_rate, betas=betas, fused=True)
+        return Adam([p for _, p in named], learning_rate, betas=betas, eps=eps, fused=True)
     groups = [
         {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
@@ -170,11 +173,13 @@ def make_optimizer(
     if name == "sgd":
         return SGD(groups, lr=learning_rate, momentum=MOMENTUM)
     if name == "adamw":
-        return AdamW(groups, lr=learning_rate, betas=betas)
-    return _in_8_bits(model, groups, learning_rate, betas)
+        return AdamW(groups, lr=learning_rate, betas=betas, eps=eps)
+    return _in_8_bits(model, groups, learning_rate, betas, eps)
 
 
-def _in_8_bits(model: nn.Module, groups: list[dict[str, Any]], rate: float, betas: tuple) -> Optimizer:
+def _in_8_bits(
+    model: nn.Module, groups: list[dict[str, Any]], rate: float, betas: tuple, eps: float
+) -> Optimizer:
     """AdamW whose moments are 8-bit, but for embeddings, which are not stable so (arXiv 2110.02861, 2.3)."""
     import bitsandbytes
 
@@ -182,15 +187,4 @@ def _in_8_bits(model: nn.Module, groups: list[dict[str, Any]], rate: float, beta
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             manager.register_module_override(module, "weight", {"optim_bits": 32})
-    return bitsandbytes.optim.AdamW8bit(groups, lr=rate, betas=betas)
-
-
-class NamedOptimizer:
-    """A mixin before transformers' Trainer whose `args.optimizer` is one of NAMES."""
-
-    def create_optimizer(self, model=None) -> Optimizer:
-        """The optimizer that `args` name, over the trainable parameters."""
-        if self.optimizer is None:
-            args = self.args
-            self.optimizer = make_optimizer(self.model, args.optimizer, args.learning_rate, args.weight_decay)
-        return self.optimizer
+    return bitsandbytes.optim.AdamW8bit(groups, lr=rate, betas=betas, eps=eps)

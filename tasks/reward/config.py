@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from tasks.lm.trainer_optimizer import check_optim
+from tasks.run.start import SHOWN_AS_A_WHOLE
+from tasks.run.supported import check_written
+from tasks.run.trl_names import MODEL, Only, takes
 
+TRL = MODEL | {
+    "max_prompt_length": Only((None,), "max_length bounds prompt and answer together"),
+}
+
+
+@takes(TRL)
 @dataclass
 class RewardConfig(TrainingArguments):
     """`transformers.TrainingArguments`; a batch counts questions, or rows. What TRL has too keeps its name.
@@ -77,12 +87,19 @@ class RewardConfig(TrainingArguments):
     microbatch_tokens: int = field(
         default=1024, metadata={"help": "most tokens of one forward; a longer question is alone; 0: no bound"}
     )
-    optimizer: str = field(default="adamw", metadata={"help": "by its name in tasks.lm.optimizer"})
+    optimizer: str | None = field(
+        default=None, metadata={"help": "by its name in tasks.lm.optimizer; None: as optim says"}
+    )
+    logging_steps: float = field(
+        default=SHOWN_AS_A_WHOLE, metadata={"help": "steps between two lines; fewer than 10 in all: each"}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "groups are records, not columns"})
     report_to: str | list[str] | None = field(default="none")
 
     def __post_init__(self) -> None:
+        check_written(self)
         super().__post_init__()
+        check_optim(self)
         for name, allowed in (("weigh", ("pair", "question")), ("invalid_rows", ("refuse", "drop"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {' or '.join(allowed)}, not {getattr(self, name)!r}")

@@ -2,73 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import EvalPrediction, Trainer, set_seed
+from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import PredictionOutput
 
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.dropout import disable_dropout
-from tasks.lm.ends import ends_of, give_pad, ids_of
-from tasks.lm.forest import serve_forest, unwrapped
+from tasks.lm.forest import serve_forest
 from tasks.lm.freezing import freeze_layers
-from tasks.lm.loading import fit_embeddings, load_reward, load_tokenizer
-from tasks.lm.optimizer import NamedOptimizer
+from tasks.lm.loading import load_reward, load_tokenizer
 from tasks.lm.precision import autocast
 from tasks.lm.scoring import check_scorer, forest_scores, is_encoder, room_of
+from tasks.lm.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
 from tasks.reward.config import RewardConfig
-from tasks.reward.losses import gap_weights, length_rule, pair_loss
+from tasks.reward.fitting import fit_special_tokens, length_rule_of, weighted_by_gap
+from tasks.reward.losses import pair_loss
 from tasks.reward.records import GroupedAnswers, collate
 from tasks.reward.rows import Reader
 from tasks.run.finite import FiniteTraining, check_weights
 from tasks.run.held_out import HeldOut
 from tasks.run.parts import InParts, Parts, part_tokens, parts_or
+from tasks.run.start import Announced
+from tasks.run.supported import check_hooks, check_model, check_trained, configured, take_tokenizer
 from tasks.run.trainer import SafeCheckpoints
 
-Dataset = Collection[GroupedAnswers | Mapping]  # a list, or a datasets.Dataset
+Dataset = Iterable[GroupedAnswers | Mapping] | Mapping[str, Any]  # rows, or columns
 PROBES = 8  # groups on which a merge is checked
 
 
-class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
+class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced, SafeCheckpoints, Trainer):
     """A light subclass of transformers.Trainer over a sequence-classification model with one label.
 
     Args:
         model: the model, or its folder or Hub id; a causal model gets a fresh score head. Encoders serve too.
-        args: a RewardConfig.
-        train_dataset: :class:`GroupedAnswers`, or rows as :func:`tasks.reward.rows.read_row` takes them.
+        args: a RewardConfig; None: its defaults.
+        train_dataset: :class:`GroupedAnswers`, or rows as :func:`tasks.reward.rows.read_row` takes them, in
+            whatever :func:`tasks.run.rows.rows_of` reads; None: it will not be trained.
         eval_dataset: likewise, or a dict of such.
         processing_class: the tokenizer; it gets a pad token that is not eos, and the model is fitted to it.
-        peft_config: of an adapter; the score head is trained in full beside it. :meth:`merged` ends it.
-        keys: Trainer's.
+        peft_config: of an adapter, a dict too; the score head is trained in full beside it. :meth:`merged`
+            ends it.
+        keys: Trainer's, and `tokenizer`; what each does stands in docs/trainers.md.
 
     Raises:
         ValueError: a model that gives no score, has a weight that is not finite, or has no pad id apart from
             eos (plain transformers would read its score elsewhere); a row that cannot teach, by its name. In
-            training, a loss (names its rows) or gradient that is not finite.
+            training, a loss (names its rows) or gradient that is not finite, or no step at all.
+        TypeError: an argument that is none.
     """
 
     def __init__(
         self,
-        model,
-        args: RewardConfig,
-        train_dataset: Dataset,
+        model=None,
+        args: TrainingArguments | None = None,
+        train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class=None,
         peft_config=None,
         **keys,
     ) -> None:
+        processing_class = take_tokenizer(keys, processing_class)
+        collator = keys.pop("data_collator", None)
+        check_hooks("RewardTrainer", RewardConfig, keys)
+        args = configured(args, RewardConfig)
+        refuse_two_optimizers(args, keys)
+        check_model("RewardTrainer", model)
         if isinstance(model, str | Path):
             set_seed(args.seed)  # of a fresh score head
             processing_class = processing_class or load_tokenizer(model, key="model", needs_eos=False)
             model = load_reward(model, key="model")
         check_scorer(model)
         check_weights("model", model)
-        _fit_special_tokens(model, processing_class)
+        fit_special_tokens(model, processing_class)
         if peft_config is not None:
             model = add_adapter(model, config=peft_config)
         freeze_layers(model, args.num_layers_unfrozen)
@@ -85,8 +97,9 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckp
             uses_gaps=bool(args.margin or args.gap_weight),
             drops=args.invalid_rows == "drop",
         )
-        train = self._read_training(train_dataset, args.gap_weight)
-        self.length_coefficient = args.length_offset * _length_rule(train) if args.length_offset else 0.0
+        train = None if train_dataset is None else self._read_training(train_dataset, args.gap_weight)
+        has_rule = bool(train and args.length_offset)
+        self.length_coefficient = args.length_offset * length_rule_of(train) if has_rule else 0.0
         if eval_dataset is not None:
             eval_dataset = self.read_held_out(eval_dataset)
         parts = Parts(
@@ -97,7 +110,7 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckp
         super().__init__(
             model=model,
             args=args,
-            data_collator=parts_or(keys.pop("data_collator", None), parts),
+            data_collator=parts_or(collator, parts),
             train_dataset=train,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -111,7 +124,12 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckp
         lacking = next((group.name for group in groups if not group.gaps), None)
         if self.read.uses_gaps and lacking:
             raise ValueError(f"train_dataset, {lacking}: margin and gap_weight need the gap of every pair")
-        return _weighted_by_gap(groups, gap_power) if gap_power else groups
+        return weighted_by_gap(groups, gap_power) if gap_power else groups
+
+    def unit(self, count: int) -> str:
+        """So many questions, in words."""
+        pairs = sum(len(group.pairs) for group in self.train_dataset)
+        return f"{count} questions or rows ({pairs} pairs in {len(self.train_dataset)})"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A part's share of the batch's mean loss, nats.
@@ -128,15 +146,30 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckp
         if rows := _not_finite(losses, inputs["names"]):
             raise self.diverged(f"the loss of {rows} is not finite")
         loss = self.mean_over_batch(losses.sum(), len(inputs["labels"]), num_items_in_batch)
+        if self.model.training and self._counts:
+            self._note(better.detach().float() - worse.detach().float())
         self.tokens_seen += len(inputs["forest"].tokens)
         return (loss, {"margins": better - worse}) if return_outputs else loss
+
+    def _note(self, margins: Tensor) -> None:
+        """Of the pairs since the last line of the log: how many are right, the sum of leads, their number."""
+        found = torch.stack([(margins > 0).sum(), margins.sum(), margins.new_tensor(len(margins))])
+        self.unlogged = found if self.unlogged is None else self.unlogged.to(found) + found
+
+    def log(self, logs: dict[str, float], *args: Any, **keys: Any) -> None:
+        """As Trainer's; beside the loss the share of training pairs in order, and by how much they lead."""
+        if "loss" in logs:  # of all processes, also of one that had no pair
+            own = torch.zeros(3) if self.unlogged is None else self.unlogged
+            right, lead, count = self.accelerator.reduce(own.to(self.args.device)).tolist()
+            logs |= {"accuracy": right / count, "margin": lead / count} if count else {}
+            self.unlogged = None
+        super().log(logs, *args, **keys)
 
     def scores(self, model, inputs) -> Tensor:
         """Scores of all answers of a part, [A]."""
         with autocast(self.args.device, "bfloat16" if self.args.bf16 else "float32"):
             return forest_scores(model, inputs["forest"], inputs["answers"])
 
-    @torch.no_grad()
     def measure(self, groups: Sequence[GroupedAnswers], prefix: str) -> dict[str, float]:
         """Plain pairwise loss (nats; no weight, margin or other option) and accuracy over held-out pairs.
 
@@ -145,6 +178,21 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckp
         Raises:
             ValueError: a score is not finite, with its row.
         """
+        return self._scored(groups, prefix).metrics
+
+    def predict(
+        self, test_dataset: Dataset, ignore_keys=None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Scores of the better and the worse answer of each pair, [P, 2]; labels, the better's index 0, [P].
+
+        With them what `measure` says. A row of one answer and a label has the score 0 for the other side.
+        """
+        found = self._scored(self.read(test_dataset, "test_dataset"), metric_key_prefix)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, found.metrics)
+        return found
+
+    @torch.no_grad()
+    def _scored(self, groups: Sequence[GroupedAnswers], prefix: str) -> PredictionOutput:
         self.model.eval()
         pairs, scores = [], []
         for part, counts in self.held_out_parts(groups):
@@ -164,9 +212,10 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckp
             "score_std": score.std(correction=0).item(),
         }
         self.check_measured({f"{prefix}_{name}": value for name, value in found.items()})
+        labels = torch.zeros(len(pair)).numpy()
         if self.compute_metrics is not None:
-            found |= self.compute_metrics(EvalPrediction(pair.numpy(), torch.zeros(len(pair)).numpy()))
-        return {f"{prefix}_{k}": v for k, v in found.items()}
+            found |= self.compute_metrics(EvalPrediction(pair.numpy(), labels))
+        return PredictionOutput(pair.numpy(), labels, {f"{prefix}_{k}": v for k, v in found.items()})
 
     def merged(self, onto=None):
         """The plain model, its adapter merged in; checked on documents of the training data.
@@ -179,6 +228,7 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckp
         Raises:
             ValueError: it does not score as the adapter does (:func:`tasks.lm.adapters.merge_checked`).
         """
+        check_trained("merged", self.train_dataset)
         documents = [(*group.prompt, *r) for group in self.train_dataset[:PROBES] for r in group.responses]
         whole = self.whole()
         if whole is None:
@@ -189,34 +239,6 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckp
 def pair_scores(scores: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of the better and of the worse of each pair. [A], [P, 2] -> [P], [P]; index −1 scores 0."""
     return torch.cat([scores, scores.new_zeros(1)])[pairs].unbind(1)
-
-
-def _fit_special_tokens(model, tokenizer) -> None:
-    bare = unwrapped(model)
-    if tokenizer is not None:
-        if tokenizer.eos_token_id is None and not is_encoder(model):
-            raise ValueError(f"processing_class: no eos token, which {type(bare).__name__} is read at")
-        give_pad(tokenizer, ends_of(bare))
-        fit_embeddings(bare, tokenizer)
-    pad, eos = bare.config.pad_token_id, bare.config.eos_token_id
-    if pad is None or pad in ids_of(eos):
-        raise ValueError(
-            f"{type(bare).__name__}: pad_token_id is {pad}, eos_token_id {eos}; transformers reads the score "
-            "at the last token that is not pad, so give processing_class, or set another pad_token_id"
-        )
-
-
-def _weighted_by_gap(groups: Sequence[GroupedAnswers], power: float) -> list[GroupedAnswers]:
-    factors = iter(gap_weights([gap for group in groups for gap in group.gaps], power))
-    return [
-        replace(group, weights=tuple(group.weight(i) * next(factors) for i in range(len(group.pairs))))
-        for group in groups
-    ]
-
-
-def _length_rule(groups: Sequence[GroupedAnswers]) -> float:
-    pairs = [(group, i) for group in groups for i in range(len(group.pairs))]
-    return length_rule([g.longer(i) for g, i in pairs], [g.weight(i) for g, i in pairs])
 
 
 def _not_finite(values: Tensor, names: Sequence[str]) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from tasks.run import ranks
 
+BETA2 = 0.95  # of the Adams; transformers' default is 0.999
+
 
 def training_arguments(
     folder: Path,
@@ -64,5 +66,6 @@ def training_arguments(
         "save_steps": checkpoint_steps,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
+        **({} if more.get("optimizer") == "sgd" else {"adam_beta2": BETA2}),
         **more,
     }

@@ -36,6 +36,7 @@ class SafeCheckpoints:
     in ``rank-<i>/``. Sharded training (FSDP, DeepSpeed) cannot be checkpointed here and is refused.
     """
 
+    unlogged: torch.Tensor | None = None  # what a trainer of ours has summed since the last line of the log
     _resumed: Checkpoint | None = None
     _special: Sequence[tuple[Any, str, Any]] = ()
     _seconds_before = 0.0  # of training before the checkpoint that was resumed
@@ -86,7 +87,7 @@ class SafeCheckpoints:
         self.store_flos()
         folder, step = Path(self._get_output_dir(trial=trial)), self.state.global_step
         keep = max(2, self.args.save_total_limit or 0)
-        rank = {"rng": rng_state(), "unlogged_loss": self._tr_loss}
+        rank = {"rng": rng_state(), "unlogged_loss": self._tr_loss, "unlogged": self.unlogged}
         if self.args.process_index:
             save(folder / f"rank-{self.args.process_index}", step, rank, keep)
         self.accelerator.wait_for_everyone()  # rank 0's folder makes the checkpoint valid, so it comes last
@@ -198,6 +199,7 @@ class SafeCheckpoints:
         for config, name, value in self._special:
             setattr(config, name, value)
         self._started, self._seconds_before = time.time(), 0.0
+        self.unlogged = None
         if self._resumed is None:
             return
         logged = self._resumed.state["logged"]
@@ -205,6 +207,7 @@ class SafeCheckpoints:
         self._seconds_before, self._initial_global_step = logged["seconds"], 0
         if rank := self._rank(self._resumed):
             self._tr_loss = rank["unlogged_loss"].to(self.args.device)
+            self.unlogged = rank.get("unlogged")
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)

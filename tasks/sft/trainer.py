@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import EvalPrediction, Trainer, set_seed
+from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PredictionOutput
 
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
@@ -21,25 +22,27 @@ from tasks.lm.forest import has_forest, run_forest, serve_forest, unwrapped
 from tasks.lm.freezing import freeze_layers
 from tasks.lm.heads import Predictions, check_causal, predict
 from tasks.lm.loading import fit_embeddings, load_causal, load_tokenizer
-from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
 from tasks.lm.scoring import room_of
 from tasks.lm.sequences import pad_forest
+from tasks.lm.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
 from tasks.run.finite import FiniteTraining, check_weights
 from tasks.run.held_out import HeldOut
 from tasks.run.parts import InParts, Parts, part_tokens, parts_or
+from tasks.run.start import Announced
+from tasks.run.supported import check_hooks, check_model, check_trained, configured, take_tokenizer
 from tasks.run.trainer import SafeCheckpoints
 from tasks.sft.config import SFTConfig
 from tasks.sft.documents import Reader
 from tasks.sft.records import PackedRow, collate
 
-Dataset = Collection[PackedRow | Mapping]  # a list, or a datasets.Dataset
+Dataset = Iterable[PackedRow | Mapping] | Mapping[str, Any]  # rows, or columns
 PROBES = 8  # documents on which a merge is checked
 MOST_NATS = 709.0  # whose exponential is still a number
 _log = logging.getLogger(__name__)
 
 
-class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
+class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced, SafeCheckpoints, Trainer):
     """A light subclass of transformers.Trainer: documents packed without padding, a shared prompt read once.
 
     Five lines tune a model, or an adapter, on a dataset of one's own:
@@ -52,28 +55,39 @@ class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckpoin
 
     Args:
         model: a causal language model, or its folder or Hub id.
-        args: an SFTConfig.
-        train_dataset: :class:`PackedRow`, or rows as :func:`tasks.sft.documents.read_document` takes them.
+        args: an SFTConfig; None: its defaults.
+        train_dataset: :class:`PackedRow`, or rows as :func:`tasks.sft.documents.read_document` takes them, in
+            whatever :func:`tasks.run.rows.rows_of` reads; None: it will not be trained.
         eval_dataset: likewise, or a dict of such.
         processing_class: the tokenizer; the one beside the model where the model is a name.
-        peft_config: of an adapter. :meth:`merged` ends it.
-        keys: Trainer's.
+        peft_config: of an adapter; a dict too. :meth:`merged` ends it.
+        formatting_func: a row -> its text, in the stead of the row's form.
+        keys: Trainer's, and `tokenizer`; what each does stands in docs/trainers.md.
 
     Raises:
         ValueError: no causal language model; a weight that is not finite; a row that cannot teach, by its
-            number; several GPUs in one process. In training, a loss or gradient that is not finite.
+            number; several GPUs in one process; a setting that nothing follows. In training, a loss or
+            gradient that is not finite, or no step at all.
+        TypeError: an argument that is none.
     """
 
     def __init__(
         self,
-        model,
-        args: SFTConfig,
-        train_dataset: Dataset,
+        model=None,
+        args: TrainingArguments | None = None,
+        train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class=None,
         peft_config=None,
+        formatting_func: Callable[[Any], str] | None = None,
         **keys,
     ) -> None:
+        processing_class = take_tokenizer(keys, processing_class)
+        collator = keys.pop("data_collator", None)
+        check_hooks("SFTTrainer", SFTConfig, keys)
+        args = configured(args, SFTConfig)
+        refuse_two_optimizers(args, keys)
+        check_model("SFTTrainer", model)
         if isinstance(model, str | Path):
             set_seed(args.seed)  # of embeddings that grow
             processing_class = processing_class or load_tokenizer(model)
@@ -97,6 +111,7 @@ class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckpoin
             max_length=args.max_length,
             assistant_only=args.assistant_only,
             drops=args.invalid_rows == "drop",
+            formatting=formatting_func,
         )
         parts = Parts(
             partial(collate, loss_on=args.loss_on), lambda row: len(row.tokens), part_tokens(args)
@@ -104,8 +119,8 @@ class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckpoin
         super().__init__(
             model=model,
             args=args,
-            data_collator=parts_or(keys.pop("data_collator", None), parts),
-            train_dataset=self.read(train_dataset, "train_dataset"),
+            data_collator=parts_or(collator, parts),
+            train_dataset=None if train_dataset is None else self.read(train_dataset, "train_dataset"),
             eval_dataset=None if eval_dataset is None else self.read_held_out(eval_dataset),
             processing_class=processing_class,
             **keys,
@@ -115,6 +130,12 @@ class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckpoin
         self.tokens_seen = 0
         self.model_accepts_loss_kwargs = True  # the loss below divides by the tokens of the whole batch
         self._loss_shifts_labels = False  # and ours are aligned already: every label counts
+
+    def unit(self, count: int) -> str:
+        """So many packed rows, in words."""
+        documents = sum(len(row.lengths) for row in self.train_dataset)
+        rows = f"{count} packed rows (of {self.args.row_tokens} tokens or one longer document"
+        return f"{rows}; {documents} documents in {len(self.train_dataset)} rows)"
 
     def save_tokenizer(self, tokenizer, folder: Path) -> None:
         """Beside the model, as a language model's."""
@@ -131,6 +152,7 @@ class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckpoin
         Raises:
             ValueError: it does not say what the adapter says (:func:`tasks.lm.adapters.merge_checked`).
         """
+        check_trained("merged", self.train_dataset)
         documents = [document for row in self.train_dataset[:PROBES] for document in row.documents()]
         whole = self.whole()
         if whole is None:

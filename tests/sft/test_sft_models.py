@@ -179,7 +179,7 @@ def test_bad_settings_and_models(tmp_path):
         ("invalid_rows", "skip", "invalid_rows is refuse or drop, not 'skip'"),
         ("row_tokens", 1, "row_tokens is at least 2, not 1"),
         ("max_length", 0, "max_length is at least 2, not 0"),
-        ("label_smoothing_factor", 0.1, "label_smoothing_factor: the loss is the plain negative"),
+        ("label_smoothing_factor", 0.1, "label_smoothing_factor: the loss is the trainer's own"),
     ):
         with pytest.raises(ValueError, match=said):
             SFTConfig(str(tmp_path), **{key: value})
