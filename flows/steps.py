@@ -14,9 +14,8 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import Task
 
 from flows import process, report
-from tasks import register
 from tasks.run import tracking
-from tasks.run.layout import Layout, read_yaml
+from tasks.run.layout import Layout
 
 DVC_ADVICE = ("To track the changes", "git add", "To enable auto staging", "dvc config", "Use `dvc push`")
 REFUSED = "Refused"  # name of the state of a stage that declined to run; trying again cannot help
@@ -64,15 +63,7 @@ def run_stage(order: Order) -> State:
 def command(order: Order) -> list[str]:
     """The dvc call; without --wait-for-lock dvc gives up after 3 s, even on a stage that is just trained."""
     dvc = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", order.stage]
-    return [*dvc, "--force"] if order.is_forced or is_lost(order) else dvc
-
-
-def is_lost(order: Order) -> bool:
-    """Whether the registry no longer has what register put there, which DVC cannot know."""
-    if order.stage != "register" or order.stage not in order.layout.locked():
-        return False
-    prefix = read_yaml(order.layout.root / "params.yaml")["register"].get("prefix", "")
-    return register.missing(order.layout, prefix)
+    return [*dvc, "--force"] if order.is_forced else dvc
 
 
 def environment(order: Order) -> dict[str, str]:
@@ -85,7 +76,8 @@ def judge(order: Order, ended: process.Ended) -> State:
     """The state that says how an attempt went; a refusal is read from the file that the stage left."""
     if ended.status == 0:
         text = "\n".join(ended.lines)
-        is_same, is_cached = "didn't change, skipping" in text, "is cached - skipping run" in text
+        is_same = "didn't change, skipping" in text or said_nothing_to_do(order.stage, ended)
+        is_cached = "is cached - skipping run" in text
         return Completed(name="Unchanged" if is_same else "Restored" if is_cached else "Ran")
     if process.STOPPING.is_set():
         return Cancelled(message="ended with the flow")
@@ -95,6 +87,12 @@ def judge(order: Order, ended: process.Ended) -> State:
     if refusal.exists():
         return Failed(name=REFUSED, message=json.loads(refusal.read_text(encoding="utf-8"))["reason"])
     return Failed(message=complaint(order.stage, ended))
+
+
+def said_nothing_to_do(stage: str, ended: process.Ended) -> bool:
+    """Whether a stage that DVC always runs found its work done."""
+    own = [line for line in ended.lines if line.startswith(f"stackrl: {stage}: ")]
+    return bool(own) and own[-1].endswith("up to date")
 
 
 def complaint(stage: str, ended: process.Ended) -> str:

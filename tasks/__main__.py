@@ -65,10 +65,18 @@ def execute(stage: str, layout: Layout | None = None) -> StageResult:
 
 
 def run(stage: str, params: Params, layout: Layout) -> StageResult:
-    """The stage itself in its MLflow run, and metrics.json; of several processes the first writes both."""
+    """The stage itself in its MLflow run, and metrics.json; of several processes the first writes both.
+
+    A stage that DVC always runs may have a `standing(params, layout)`, which gives its result where nothing is to
+    be done: no run is opened then.
+    """
+    module = importlib.import_module(f"tasks.{stage}")
+    if hasattr(module, "standing") and (result := module.standing(params, layout)) is not None:
+        write_json(layout.artifact(stage, "metrics.json"), result.metrics)
+        return result
     logged = dict(dotted(params.model_dump(mode="json"), [*layout.tracked(stage), "machine"]))
     with tracking.stage_run(stage, logged, layout):
-        result = importlib.import_module(f"tasks.{stage}").run(params, layout)
+        result = module.run(params, layout)
         write_json(layout.artifact(stage, "metrics.json"), result.metrics)
         tracking.log_metrics(result.metrics)
     return result
@@ -95,8 +103,10 @@ def reason(error: Exception) -> str | None:
 
 
 def hint(stage: str) -> str:
-    """How to get the earlier result back: DVC removes outs before it runs a stage."""
-    is_lost = "DVC_STAGE" in os.environ and stage in Layout.here().locked()
+    """How to get the earlier result back: DVC removes outs before it runs a stage, unless they persist."""
+    layout = Layout.here()
+    is_lost = "DVC_STAGE" in os.environ and stage in layout.locked()
+    is_lost = is_lost and any(isinstance(out, str) for out in layout.stages()[stage].get("outs", []))
     return f" (`dvc checkout {stage}` brings the earlier result back)" if is_lost else ""
 
 
@@ -130,7 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if not is_rank:
         headline = [f"{name} {value:.5g}" for name, value in result.metrics.items()][:HEADLINE_METRICS]
-        print(f"stackrl: {stage}: {', '.join(headline) or 'done'}", flush=True)
+        note = f"; {result.note}" if result.note else ""
+        print(f"stackrl: {stage}: {', '.join(headline) or 'done'}{note}", flush=True)
     return 0
 
 

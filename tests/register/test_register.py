@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from params.schema import Params
 from tasks import register
 from tasks.lm.loading import save_model, train_tokenizer
-from tasks.register import IDENTITY, folder_md5, main, missing, promote, run, version_of
+from tasks.register import IDENTITY, folder_md5, main, promote, run
 from tasks.run import tracking
 from tasks.run.files import write_json
 from tasks.run.layout import Layout
