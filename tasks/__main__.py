@@ -67,8 +67,8 @@ def execute(stage: str, layout: Layout | None = None) -> StageResult:
 def run(stage: str, params: Params, layout: Layout) -> StageResult:
     """The stage itself in its MLflow run, and metrics.json; of several processes the first writes both.
 
-    A stage that DVC always runs may have a `standing(params, layout)`, which gives its result where nothing is to
-    be done: no run is opened then.
+    A stage that DVC always runs may have a `standing(params, layout)`, which gives its result where nothing is
+    to be done: no run is opened then.
     """
     module = importlib.import_module(f"tasks.{stage}")
     if hasattr(module, "standing") and (result := module.standing(params, layout)) is not None:
@@ -105,8 +105,9 @@ def reason(error: Exception) -> str | None:
 def hint(stage: str) -> str:
     """How to get the earlier result back: DVC removes outs before it runs a stage, unless they persist."""
     layout = Layout.here()
-    is_lost = "DVC_STAGE" in os.environ and stage in layout.locked()
-    is_lost = is_lost and any(isinstance(out, str) for out in layout.stages()[stage].get("outs", []))
+    outs = layout.stages().get(stage, {}).get("outs", [])
+    persist = bool(outs) and all(isinstance(out, dict) and out.popitem()[1].get("persist") for out in outs)
+    is_lost = "DVC_STAGE" in os.environ and stage in layout.locked() and not persist
     return f" (`dvc checkout {stage}` brings the earlier result back)" if is_lost else ""
 
 

@@ -11,7 +11,11 @@ from tasks.run.layout import Layout
 
 
 def promote(layout: Layout, name: str, version: str) -> None:
-    """Give `champion` to a version by hand; ValueError when there is no such version, or its files are gone."""
+    """Give `champion` to a version by hand.
+
+    Raises:
+        ValueError: there is no such version, or its files are gone.
+    """
     from mlflow.exceptions import MlflowException
 
     client = tracking.connect(layout)

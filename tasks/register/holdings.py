@@ -1,7 +1,7 @@
 """What a registry holds, and whether its files are there: a row is not the thing.
 
-The sqlite file of the run's own folder is read as it is, because MLflow takes seconds to be imported and every
-`dvc repro` asks; any other registry is asked through MLflow's client. Both give the same (tests compare them).
+The sqlite file of the run's own folder is read as it is, because every `dvc repro` asks and MLflow takes seconds
+to be imported; any other registry is asked through MLflow's client. Both give the same (a test compares them).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 IDENTITY, SERVED, FILES, TRIAL = "stackrl.md5", "stackrl.served", "stackrl.files", "dvc.exp"
 VERSIONS = """
-    select v.name, v.version, coalesce(v.storage_location, v.source) from model_versions v
-    where v.status = 'READY' and v.current_stage != 'Deleted_Internal' and v.name in ({})
+    select name, version, coalesce(storage_location, source), status from model_versions
+    where current_stage != 'Deleted_Internal' and name in ({})
 """
 TAGS = "select name, version, key, value from model_version_tags where key in (?, ?, ?) and name in ({})"
 ALIASES = "select name, alias, version from registered_model_aliases where name in ({})"
@@ -30,17 +31,27 @@ ALIASES = "select name, alias, version from registered_model_aliases where name 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version that MLflow calls ready."""
+    """One version.
+
+    Attributes:
+        number: MLflow's.
+        is_ready: MLflow's upload came to its end.
+        md5: of the weights, as DVC counts it.
+        served: digest of the code and numbers that travel along.
+        place: of its files, a path or a URI.
+        files: relative path -> bytes, written last; None where it was not.
+    """
 
     number: int
-    md5: str  # of the weights, as DVC counts it
-    served: str  # of code and numbers that travel along
-    place: str  # of its files: a path or a URI
-    files: Mapping[str, int] | None  # relative path -> bytes, written last; None: it never came to its end
+    is_ready: bool
+    md5: str
+    served: str
+    place: str
+    files: Mapping[str, int] | None
 
     def is_whole(self, client: MlflowClient | None = None) -> bool:
         """Whether every file stands at its place with its size; any file, where no list of them was kept."""
-        there = sizes(self.place, client)
+        there = sizes(self.place, client) if self.is_ready else {}
         return bool(there) and (self.files or {}).items() <= there.items()
 
 
@@ -68,27 +79,21 @@ def in_file(store: Path, names: Iterable[str]) -> dict[str, Holding]:
     Raises:
         sqlite3.Error: it cannot be read, or is of a schema that this does not know.
     """
-    names = list(names)
+    names, keys = list(names), (IDENTITY, SERVED, FILES)
     marks = ", ".join("?" * len(names))
     with closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)) as file:
         rows = file.execute(VERSIONS.format(marks), names).fetchall()
-        keys = (IDENTITY, SERVED, FILES)
-        tags = {
-            (name, version, key): value
-            for name, version, key, value in file.execute(TAGS.format(marks), (*keys, *names))
-        }
+        tagged = file.execute(TAGS.format(marks), (*keys, *names)).fetchall()
         aliases = file.execute(ALIASES.format(marks), names).fetchall()
-    return {
-        name: Holding(
-            _sorted(
-                _version(number, {key: tags.get((name, number, key)) for key in keys}, place)
-                for owner, number, place in rows
-                if owner == name
-            ),
-            {alias: int(number) for owner, alias, number in aliases if owner == name},
-        )
-        for name in names
-    }
+    tags: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
+    for name, number, key, value in tagged:
+        tags[name, number][key] = value
+    versions, named = defaultdict(list), defaultdict(dict)
+    for name, number, place, status in rows:
+        versions[name].append(_version(number, status, tags[name, number], place))
+    for name, alias, number in aliases:
+        named[name][alias] = int(number)
+    return {name: Holding(_sorted(versions[name]), named[name]) for name in names}
 
 
 def by_client(client: MlflowClient, names: Iterable[str]) -> dict[str, Holding]:
@@ -97,14 +102,17 @@ def by_client(client: MlflowClient, names: Iterable[str]) -> dict[str, Holding]:
 
     found = {}
     for name in names:
-        rows = [one for one in client.search_model_versions(f"name = '{name}'") if one.status == "READY"]
+        versions = [
+            _version(
+                one.version, one.status, one.tags, client.get_model_version_download_uri(name, str(one.version))
+            )
+            for one in client.search_model_versions(f"name = '{name}'")
+        ]
         try:
             aliases = client.get_registered_model(name).aliases
-        except MlflowException:
+        except MlflowException:  # there is no such model
             aliases = {}
-        places = (client.get_model_version_download_uri(name, str(one.version)) for one in rows)
-        versions = _sorted(_version(one.version, one.tags, place) for one, place in zip(rows, places, strict=True))
-        found[name] = Holding(versions, {alias: int(number) for alias, number in aliases.items()})
+        found[name] = Holding(_sorted(versions), {alias: int(number) for alias, number in aliases.items()})
     return found
 
 
@@ -136,13 +144,15 @@ def local_folder(place: str) -> Path | None:
     parts = urlsplit(place)
     if parts.scheme == "file":
         return Path(unquote(parts.path))
-    return None if "://" in place or place.startswith(("models:", "mlflow-artifacts:", "runs:")) else Path(place)
+    return None if parts.scheme else Path(place)
 
 
-def _version(number: int | str, tags: Mapping[str, str | None], place: str) -> Version:
+def _version(number: int | str, status: str, tags: Mapping[str, str], place: str) -> Version:
     files = tags.get(FILES)
     known = json.loads(files) if files else None
-    return Version(int(number), tags.get(IDENTITY) or "", tags.get(SERVED) or "", place, known)
+    return Version(
+        int(number), status == "READY", tags.get(IDENTITY, ""), tags.get(SERVED, ""), place, known
+    )
 
 
 def _sorted(versions: Iterable[Version]) -> tuple[Version, ...]:

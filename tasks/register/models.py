@@ -1,51 +1,66 @@
 """A model folder of the run as an MLflow model: plain transformers, and code that knows template and numbers.
 
 Both flavours share one folder of weights. The second is MLflow's *models from code*: a file of
-:mod:`tasks.register.serving` travels along, nothing is pickled.
+`tasks/register/serving` travels along, nothing is pickled.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tasks.register import holdings
 from tasks.register.checks import EXAMPLES, check_answers, check_scores, closing_text
 from tasks.register.recipe import Recipe
+from tasks.run import tracking
+from tasks.run.layout import Layout
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from tasks.register.stage import Wanted
+
 REQUIRED = ("mlflow", "torch", "transformers")  # all that an environment without our package needs
+LONGEST_VALUE = 5000  # of a model version's tag in MLflow, characters
+VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
 
 
-def log(recipe: Recipe, folder: Path, name: str, tags: Mapping[str, str]) -> str:
-    """Log and register the model in `folder` under the active MLflow run; the version's number.
+def register(layout: Layout, client: MlflowClient, wanted: Wanted, tags: Mapping[str, str]) -> None:
+    """Log and register one model under the stage's run; the list of its files is written last.
 
     Raises:
         ValueError: a folder that cannot be loaded, or a model that says something else once it is registered.
     """
-    import mlflow
     from mlflow.models import Model
 
-    with _quiet():
+    name, recipe = wanted.name, wanted.recipe
+    own = {holdings.IDENTITY: wanted.md5, holdings.SERVED: recipe.digest}
+    with _quiet(), _fluent(layout):
         logged = Model.log(
-            artifact_path=None, name=recipe.kind, flavor=sys.modules[__name__],
-            registered_model_name=name, tags=dict(tags),
-            recipe=recipe, folder=folder, validate_serving_input=False,
+            artifact_path=None, name=recipe.kind, flavor=sys.modules[__name__], registered_model_name=name,
+            tags={key: value[:LONGEST_VALUE] for key, value in {**tags, **own}.items()},
+            recipe=recipe, folder=wanted.folder, validate_serving_input=False,
         )  # fmt: skip
     version = str(logged.registered_model_version)
     closing = logged.flavors["python_function"]["config"].get("closing", "")
-    mlflow.MlflowClient().update_model_version(name, version, recipe.description(name, closing))
-    return version
+    client.update_model_version(name, version, recipe.description(name, closing))
+    place = client.get_model_version_download_uri(name, version)
+    client.set_model_version_tag(name, version, holdings.FILES, json.dumps(holdings.sizes(place, client)))
 
 
 def save_model(path: str | Path, mlflow_model: Any, recipe: Recipe, folder: Path, **_: Any) -> None:
-    """MLflow's door of a flavour: write both flavours under `path`, then check that they say what the run says.
+    """Called by MLflow: write both flavours under `path`, and check that they say what the run says.
 
     Raises:
-        ValueError: as :func:`log`.
+        ValueError: as :func:`register`.
     """
     import mlflow
 
@@ -57,15 +72,16 @@ def save_model(path: str | Path, mlflow_model: Any, recipe: Recipe, folder: Path
         mlflow_model=mlflow_model,
         signature=signature(recipe),
         input_example=example(recipe),
-        pip_requirements=[f"{package}=={_version(package)}" for package in REQUIRED],
+        pip_requirements=[f"{package}=={metadata.version(package).split('+')[0]}" for package in REQUIRED],
     )
-    (Path(path) / "LICENSE.txt").unlink(missing_ok=True)  # it says that the folder's page on the Hub has none
-    _give_code(Path(path), mlflow_model, recipe, settings)
+    path = Path(path)
+    (path / "LICENSE.txt").unlink(missing_ok=True)  # it says that the folder's page on the Hub has none
+    _give_code(path, mlflow_model, recipe, settings)
     compared = parts["model"], parts["tokenizer"]
     if recipe.is_reward:
-        check_scores(*compared, settings["closes_itself"], settings["closing"], Path(path), _key(folder))
+        check_scores(*compared, settings["closes_itself"], settings["closing"], path, _key(folder))
     else:
-        check_answers(*compared, recipe.numbers["max_new_tokens"], settings["room"], Path(path), _key(folder))
+        check_answers(*compared, recipe.numbers["max_new_tokens"], settings["room"], path, _key(folder))
 
 
 def example(recipe: Recipe) -> Any:
@@ -90,6 +106,23 @@ def signature(recipe: Recipe) -> Any:
     return ModelSignature(Schema([ColSpec("string")]), Schema([ColSpec("string")]), params)
 
 
+def log_pipeline(layout: Layout, client: MlflowClient, sources: Mapping[str, str]) -> None:
+    """What brings everything back, params.yaml, dvc.yaml and dvc.lock, and the data as MLflow's datasets."""
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.data.sources import LocalArtifactDatasetSource
+    from mlflow.entities import DatasetInput, InputTag
+
+    for name in tracking.PIPELINE_FILES:
+        if (layout.root / name).exists():
+            tracking.log_artifact(layout.root / name)
+    inputs = []
+    for path, md5 in sources.items():
+        source = LocalArtifactDatasetSource(path.removeprefix("dvc."))
+        dataset = MetaDataset(source, name=Path(path).name, digest=md5)
+        inputs.append(DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "lineage")]))
+    client.log_inputs(tracking.active_run(), inputs)
+
+
 def _parts(recipe: Recipe, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Model and tokenizer as they will be saved, and what the code beside them needs to know."""
     from transformers import AutoTokenizer, GenerationConfig
@@ -107,9 +140,11 @@ def _parts(recipe: Recipe, folder: Path) -> tuple[dict[str, Any], dict[str, Any]
         settings["closing"] = closing_text(tokenizer, settings["closes_itself"])
     else:
         saved = model.generation_config
-        ends = saved.eos_token_id if saved.eos_token_id is not None else tokenizer.eos_token_id
-        ids = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": saved.bos_token_id}
-        model.generation_config = GenerationConfig(**recipe.numbers, **ids)
+        ends = tokenizer.eos_token_id if saved.eos_token_id is None else saved.eos_token_id
+        known = {"eos_token_id": ends, "bos_token_id": saved.bos_token_id}
+        model.generation_config = GenerationConfig(
+            **recipe.numbers, **known, pad_token_id=tokenizer.pad_token_id
+        )
         settings["defaults"] = {**recipe.numbers, "seed": -1}
         settings["cut_prompts_to"] = recipe.cut_prompts_to
     return {"model": model, "tokenizer": tokenizer}, settings
@@ -137,20 +172,35 @@ def _key(folder: Path) -> str:
     return f"artifacts/{folder.parent.name}/model"
 
 
-def _version(package: str) -> str:
-    return metadata.version(package).split("+")[0]
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No look-ups on the Hub: MLflow asks it for a model card and a licence, 47 seconds without a network."""
     from huggingface_hub import constants
 
-    names = "mlflow.transformers", "mlflow.models.model", "mlflow.utils.environment"
-    for each in names:  # it warns that it found neither, and of requirements that it has not guessed
-        logging.getLogger(each).setLevel(logging.ERROR)
+    logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it warns that it found neither
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _fluent(layout: Layout) -> Iterator[None]:
+    """MLflow's module with our store and the stage's run active, for what knows no client."""
+    import mlflow
+
+    uri, before = tracking.tracking_uri(layout), (mlflow.get_tracking_uri(), mlflow.get_registry_uri())
+    said = {name: os.environ.pop(name, None) for name in VARIABLES}  # of other runs than this
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        with mlflow.start_run(run_id=tracking.active_run()):
+            yield
+    finally:
+        mlflow.set_tracking_uri(before[0])
+        mlflow.set_registry_uri(before[1])
+        for name, value in said.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -36,8 +36,8 @@ class Recipe:
         if kind == "reward":
             return cls(kind, {}, None)
         values = (params.ppo.response_tokens, True, params.ppo.temperature, 0, 1.0)
-        cuts = params.pack.long_prompts == "left_truncate"
-        return cls(kind, dict(zip(SAMPLING, values, strict=True)), params.pack.prompt_tokens if cuts else None)
+        most = params.pack.prompt_tokens if params.pack.long_prompts == "left_truncate" else None
+        return cls(kind, dict(zip(SAMPLING, values, strict=True)), most)
 
     @property
     def is_reward(self) -> bool:
@@ -66,13 +66,13 @@ class Recipe:
         if self.is_reward:
             return (
                 "Scores an answer to a question as in training, higher is better.  \n"
-                f'`{call}({{"question": ["…"], "answer": ["…"]}})`; the same number by mlflow.transformers for '
+                f'`{call}({{"question": ["…"], "answer": ["…"]}})`; mlflow.transformers gives the same for '
                 f"`Question: …\\n\\nAnswer: …{closing}`."
             )
         made = "aligned with the reward model by PPO" if self.kind == "policy" else "fine-tuned on answers"
         numbers = ", ".join(f"{key}={value}" for key, value in self.numbers.items())
         return (
             f"Answers a question; {made}. Params and their defaults: {numbers}.  \n"
-            f'`{call}(["How do I …?"], params={{"do_sample": False}})`; a plain prompt for mlflow.transformers '
-            "is `Question: …\\n\\nAnswer:`, without a space at its end."
+            f'`{call}(["How do I …?"], params={{"do_sample": False}})`; for mlflow.transformers a prompt is '
+            "`Question: …\\n\\nAnswer:`, without a space at its end."
         )

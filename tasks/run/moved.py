@@ -1,4 +1,4 @@
-"""A home that was moved or copied: MLflow's sqlite file names places absolutely, and has no call to change one.
+"""A home that was moved or copied: MLflow's sqlite file names places absolutely, and no call changes one.
 
 Nothing of MLflow is imported: this runs before every connection, and costs a millisecond where nothing moved.
 """
@@ -56,7 +56,8 @@ def follow(store: Path, home: Path) -> list[str]:
 def _rename(file: sqlite3.Connection, table: str, column: str, places: list[str], new: str) -> None:
     for old in places:
         file.execute(
-            f"update {table} set {column} = ? || substr({column}, ?) where {column} = ? or substr({column}, 1, ?) = ?",
+            f"update {table} set {column} = ? || substr({column}, ?)"
+            f" where {column} = ? or substr({column}, 1, ?) = ?",
             (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
         )
 

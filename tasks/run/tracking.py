@@ -34,6 +34,10 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # 7 of them take four minutes
 }
+QUIETER = {  # fifty lines about a new sqlite file, and as many about an error that is raised as well
+    "alembic": logging.WARNING,
+    "mlflow.store.db.utils": logging.CRITICAL,
+}
 SECONDS_TO_CONNECT = 3.0
 SECONDS_BETWEEN_WRITES = 2.0  # one write costs 3 ms in sqlite, more over HTTP
 BATCH = 100  # MLflow takes as many params, and ten times as many metrics, in one call
@@ -253,8 +257,8 @@ def connect(layout: Layout) -> MlflowClient:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in ("alembic", "mlflow.store.db.utils"):  # fifty lines about a new sqlite file
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in QUIETER.items():
+        logging.getLogger(name).setLevel(level)
     uri = tracking_uri(layout)
     with _named(layout, "does not answer"):
         if uri.startswith("http"):

@@ -39,7 +39,7 @@ class Answers(PythonModel):
 
         Args:
             context: MLflow's.
-            model_input: a DataFrame with a column `question` or one without a name, a list of texts, or a text.
+            model_input: a text, a list of texts, or a DataFrame with a column `question` or without names.
             params: max_new_tokens, do_sample, temperature, top_k (0: all tokens), top_p (1: all), seed (a
                 sampled answer's; -1: another one each time).
 
@@ -72,8 +72,8 @@ class Answers(PythonModel):
             ids = head + ids[len(ids) - self.most + len(head) :]
         if self.room is not None and len(ids) + how["max_new_tokens"] > self.room:
             raise ValueError(
-                f"question of row {row}: {len(ids)} tokens, with an answer of {how['max_new_tokens']} too many "
-                f"for the model's {self.room} positions; ask a shorter one, or for fewer max_new_tokens"
+                f"question of row {row}: {len(ids)} tokens, with max_new_tokens {how['max_new_tokens']} too "
+                f"many for the model's {self.room} positions"
             )
         return ids
 
