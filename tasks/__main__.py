@@ -67,8 +67,8 @@ def execute(stage: str, layout: Layout | None = None) -> StageResult:
 def run(stage: str, params: Params, layout: Layout) -> StageResult:
     """The stage itself in its MLflow run, and metrics.json; of several processes the first writes both.
 
-    A stage that DVC always runs may have a `standing(params, layout)`, which gives its result where nothing is
-    to be done: no run is opened then.
+    A stage that DVC always runs may have a `standing(params, layout)`: its result where nothing is to be
+    done, else None. No run is opened for it.
     """
     module = importlib.import_module(f"tasks.{stage}")
     if hasattr(module, "standing") and (result := module.standing(params, layout)) is not None:

@@ -1,7 +1,7 @@
 """What a registry holds, and whether its files are there: a row is not the thing.
 
-The sqlite file of the run's own folder is read as it is, because every `dvc repro` asks and MLflow takes seconds
-to be imported; any other registry is asked through MLflow's client. Both give the same (a test compares them).
+The sqlite file of the run's own folder is read as it is, because every `dvc repro` asks and MLflow takes
+seconds to be imported; any other registry is asked through MLflow's client. A test holds that both agree.
 """
 
 from __future__ import annotations
@@ -102,12 +102,10 @@ def by_client(client: MlflowClient, names: Iterable[str]) -> dict[str, Holding]:
 
     found = {}
     for name in names:
-        versions = [
-            _version(
-                one.version, one.status, one.tags, client.get_model_version_download_uri(name, str(one.version))
-            )
-            for one in client.search_model_versions(f"name = '{name}'")
-        ]
+        versions = []
+        for one in client.search_model_versions(f"name = '{name}'"):
+            place = client.get_model_version_download_uri(name, str(one.version))
+            versions.append(_version(one.version, one.status, one.tags, place))
         try:
             aliases = client.get_registered_model(name).aliases
         except MlflowException:  # there is no such model

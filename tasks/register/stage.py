@@ -132,9 +132,8 @@ def _log_models(
     for one in missing:
         if not (one.folder / "config.json").is_file():
             stage = one.folder.parent.name
-            raise ValueError(
-                f"artifacts/{stage}/model holds no model; `dvc pull` brings it, or `dvc repro {stage}` makes it"
-            )
+            help_ = f"`dvc pull` brings it, or `dvc repro {stage}` makes it"
+            raise ValueError(f"artifacts/{stage}/model holds no model; {help_}")
     locked = lineage.locked_md5s(layout)
     tags = lineage.tags(params, layout, locked) | ({holdings.TRIAL: trial()} if trial() else {})
     for one in missing:

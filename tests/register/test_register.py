@@ -5,111 +5,16 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from made_models import DATA, NAMES, registry, win, write_lock
 
 from params.schema import Params
-from tasks.lm.loading import save_model, train_tokenizer
 from tasks.register import IDENTITY, folder_md5, holdings, main, models, promote, run, standing
-from tasks.run import moved, tracking
-from tasks.run.files import write_json
+from tasks.run import tracking
 from tasks.run.layout import Layout
-
-NAMES = ("stackrl-sft", "stackrl-reward", "stackrl-policy")
-DATA = {"artifacts/data/sft.parquet": "d1" * 16, "artifacts/pack/tokenizer": "70" * 16 + ".dir"}
-
-
-@cache
-def tokenizer():
-    return train_tokenizer(["Question: What is 1 + 2?\n\nAnswer: It is 3."] * 3, 300)
-
-
-def write_model(folder, kind, seed):
-    torch.manual_seed(seed)
-    words = tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, pad_token_id=words.pad_token_id,
-        eos_token_id=words.eos_token_id, bos_token_id=None, num_labels=1,
-    )  # fmt: skip
-    auto = LlamaForSequenceClassification if kind == "reward" else LlamaForCausalLM
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(auto(config).eval(), words, folder)
-
-
-def write_lock(root, ppo="90"):
-    """As DVC writes it, as far as register reads it; md5s by hand, so that a test can change one."""
-    md5s = {"sft": "5f", "reward": "4e", "ppo": ppo}
-    models = {f"artifacts/{stage}/model": md5 * 16 + ".dir" for stage, md5 in md5s.items()}
-    outs = {path.split("/")[1]: [] for path in DATA | models}
-    for path, md5 in (DATA | models).items():
-        outs[path.split("/")[1]].append({"path": path, "hash": "md5", "md5": md5})
-    stages = {stage: {"cmd": f"python -m tasks {stage}", "outs": each} for stage, each in outs.items()}
-    (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    root = tmp_path_factory.mktemp("template")
-    for seed, stage in enumerate(("sft", "reward", "ppo")):
-        write_model(root / f"artifacts/{stage}/model", stage, seed)
-    (root / "dvc.yaml").write_text("stages: {register: {cmd: x, deps: [], params: [register], outs: []}}\n")
-    (root / "params.yaml").write_text(yaml.safe_dump(Params().model_dump(mode="json")))
-    write_json(root / "artifacts/reward_eval/metrics.json", {"accuracy": 0.85})
-    write_lock(root)
-    tracking.connect(Layout(root, root))  # an empty store
-    return root
-
-
-@pytest.fixture
-def layout(tmp_path, monkeypatch, template):
-    for name in ("MLFLOW_TRACKING_URI", "RANK", "DVC_ROOT", "DVC_EXP_NAME", tracking.PARENT_VARIABLE):
-        monkeypatch.delenv(name, raising=False)
-    root = tmp_path / "repository"
-    subprocess.run(["cp", "-r", template, root], check=True)
-    monkeypatch.chdir(root)
-    return Layout.here()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, template):
-    """A folder whose models are registered, the policy a champion; copied by each test that needs one."""
-    root = tmp_path_factory.mktemp("finished") / "repository"
-    subprocess.run(["cp", "-r", template, root], check=True)
-    layout = Layout(root, root)
-    win(layout, 0.55)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.delenv("DVC_EXP_NAME", raising=False)
-        run(Params(), layout)
-    return root
-
-
-@pytest.fixture
-def registered(layout, finished):
-    """The same, moved to where the test stands."""
-    shutil.rmtree(layout.root)
-    subprocess.run(["cp", "-r", finished, layout.root], check=True)
-    os.chdir(layout.root)
-    moved.follow(layout.home / "mlflow.db", layout.home)
-    return layout
-
-
-def win(layout, low):
-    write_json(layout.artifact("policy_eval", "metrics.json"), {"win_rate": 0.7, "win_rate_low": low})
-
-
-def registry(layout):
-    """name -> {version: md5} and name -> {alias: version}."""
-    client = tracking.connect(layout)
-    found = {name: client.search_model_versions(f"name='{name}'") for name in NAMES}
-    versions = {name: {one.version: one.tags[IDENTITY] for one in each} for name, each in found.items()}
-    return versions, {name: dict(client.get_registered_model(name).aliases) for name in NAMES}
 
 
 def test_registering_twice_leaves_one_version_of_each(layout):
