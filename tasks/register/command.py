@@ -20,9 +20,11 @@ def promote(layout: Layout, name: str, version: str) -> None:
 
     client = tracking.connect(layout)
     try:
-        place = client.get_model_version_download_uri(name, version)
-        if not holdings.sizes(place, client):
-            raise ValueError(f"{name} {version}: its files are gone from {place}")
+        client.get_model_version(name, version)
+        versions = holdings.by_client(client, [name])[name].versions
+        found = next(one for one in versions if one.number == int(version))
+        if not found.is_whole(client):
+            raise ValueError(f"{name} {version}: its files are gone from {found.place}")
         client.set_registered_model_alias(name, "champion", version)
     except MlflowException as error:
         raise ValueError(f"{name} {version}: {' '.join(str(error).split())}") from None
