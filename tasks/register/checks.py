@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.lm.prompt import document_text, encode_documents, encode_prompts
+from tasks.lm.prompt import document_text, encode_documents, encode_prompts, encode_texts
 
 EXAMPLES = (("What is 1 + 2?", "It is 3."), ("How do I list the files of a folder?", "With `ls -l`."))
 TOLERANCE = 1e-4  # of a score: absolute below 1, relative above
 
 
-def check_scores(model, tokenizer, closes_itself: bool, closing: str, saved: Path, key: str) -> None:
+def check_scores(model, tokenizer, settings: Mapping[str, Any], saved: Path, key: str) -> None:
     """Compare the scores of an MLflow model by each of its flavours with those of the training.
 
     Args:
         model: the reward model as it was trained.
         tokenizer: its own.
-        closes_itself: whether the tokenizer ends a text, as an encoder's does.
-        closing: text of the token that ends one otherwise.
+        settings: what travels along: whether the tokenizer `closes_itself` a text, the `closing` text
+            otherwise, and the `room` for tokens.
         saved: folder of the MLflow model.
         key: names the reward model in messages.
 
@@ -28,9 +28,13 @@ def check_scores(model, tokenizer, closes_itself: bool, closing: str, saved: Pat
     """
     import mlflow
 
-    expected = training_scores(model, tokenizer, closes_itself, EXAMPLES)
-    frame = [dict(zip(("question", "answer"), pair, strict=True)) for pair in EXAMPLES]
-    texts = [document_text(*pair) + closing for pair in EXAMPLES]
+    room, documents = settings["room"], documents_of(tokenizer, settings["closes_itself"], EXAMPLES)
+    kept = [i for i, document in enumerate(documents) if room is None or len(document) <= room]
+    if not kept:
+        return
+    expected = training_scores(model, [documents[i] for i in kept])
+    frame = [dict(zip(("question", "answer"), EXAMPLES[i], strict=True)) for i in kept]
+    texts = [document_text(*EXAMPLES[i]) + settings["closing"] for i in kept]
     found = {
         "pyfunc": mlflow.pyfunc.load_model(str(saved)).predict(frame),
         "transformers": [one["score"] for one in mlflow.transformers.load_model(str(saved))(texts)],
@@ -41,14 +45,14 @@ def check_scores(model, tokenizer, closes_itself: bool, closing: str, saved: Pat
                 raise ValueError(f"{key}: mlflow.{loader} gives a score of {score:.6g}, the run {wanted:.6g}")
 
 
-def check_answers(model, tokenizer, most: int, room: int | None, saved: Path, key: str) -> None:
+def check_answers(model, tokenizer, settings: Mapping[str, Any], saved: Path, key: str) -> None:
     """Compare the greedy answers of an MLflow model with those of the run.
 
     Args:
         model: the language model as it was trained.
         tokenizer: its own.
-        most: tokens of an answer.
-        room: tokens that the model has places for, prompt and answer together; None: no bound.
+        settings: what travels along: the `defaults` of an answer, the `room` for prompt and answer together,
+            and how many tokens of a prompt stay (`cut_prompts_to`).
         saved: folder of the MLflow model.
         key: names the model in messages.
 
@@ -58,7 +62,9 @@ def check_answers(model, tokenizer, most: int, room: int | None, saved: Path, ke
     import mlflow
 
     prompts = encode_prompts(tokenizer, [question for question, _ in EXAMPLES])
-    kept = [i for i, prompt in enumerate(prompts) if room is None or len(prompt) + most <= room]
+    most, room, cut = settings["defaults"]["max_new_tokens"], settings["room"], settings["cut_prompts_to"]
+    bounds = [bound for bound in (cut, room and room - most) if bound is not None]
+    kept = [i for i, prompt in enumerate(prompts) if all(len(prompt) <= bound for bound in bounds)]
     asked = [EXAMPLES[i][0] for i in kept]
     expected = greedy_answers(model, tokenizer, [prompts[i] for i in kept], most)
     params = {"do_sample": False, "max_new_tokens": most}
@@ -68,17 +74,19 @@ def check_answers(model, tokenizer, most: int, room: int | None, saved: Path, ke
             raise ValueError(f"{key}: to {question!r} mlflow.pyfunc answers {said!r}, the run {wanted!r}")
 
 
-def training_scores(
-    model, tokenizer, closes_itself: bool, pairs: Sequence[tuple[str, str]]
-) -> list[float]:
-    """Scores of (question, answer) pairs as reward_eval and ppo compute them."""
-    from tasks.lm.prompt import encode_texts
+def documents_of(
+    tokenizer, closes_itself: bool, pairs: Sequence[tuple[str, str]]
+) -> list[list[int]]:
+    """Token ids of (question, answer) pairs as a reward model reads them."""
+    if closes_itself:
+        return encode_texts(tokenizer, [document_text(*pair) for pair in pairs])
+    return encode_documents(tokenizer, pairs)
+
+
+def training_scores(model, documents: Sequence[Sequence[int]]) -> list[float]:
+    """Scores of documents as reward_eval and ppo compute them."""
     from tasks.lm.scoring import score_documents
 
-    if closes_itself:
-        documents = encode_texts(tokenizer, [document_text(*pair) for pair in pairs])
-    else:
-        documents = encode_documents(tokenizer, pairs)
     return score_documents(model, documents, len(documents)).tolist()
 
 

@@ -77,11 +77,8 @@ def save_model(path: str | Path, mlflow_model: Any, recipe: Recipe, folder: Path
     path = Path(path)
     (path / "LICENSE.txt").unlink(missing_ok=True)  # it says that the folder's page on the Hub has none
     _give_code(path, mlflow_model, recipe, settings)
-    compared = parts["model"], parts["tokenizer"]
-    if recipe.is_reward:
-        check_scores(*compared, settings["closes_itself"], settings["closing"], path, _key(folder))
-    else:
-        check_answers(*compared, recipe.numbers["max_new_tokens"], settings["room"], path, _key(folder))
+    check = check_scores if recipe.is_reward else check_answers
+    check(parts["model"], parts["tokenizer"], settings, path, _key(folder))
 
 
 def example(recipe: Recipe) -> Any:
@@ -174,15 +171,20 @@ def _key(folder: Path) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No look-ups on the Hub: MLflow asks it for a model card and a licence, 47 seconds without a network."""
+    """No progress bars, and no look-ups on the Hub: MLflow asks it for a model card, 47 s without a network."""
     from huggingface_hub import constants
+    from transformers.utils import logging as progress
 
     logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it warns that it found neither
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    had_bars = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+        if had_bars:
+            progress.enable_progress_bar()
 
 
 @contextmanager

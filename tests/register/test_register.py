@@ -116,7 +116,12 @@ def lose_files(layout):
 
 
 @pytest.mark.parametrize(
-    ("lose", "anew"), [(lose_rows, {"reward", "policy"}), (lose_model, {"reward"}), (lose_files, {"sft", "reward", "policy"})]
+    ("lose", "anew"),
+    [
+        (lose_rows, {"reward", "policy"}),
+        (lose_model, {"reward"}),
+        (lose_files, {"sft", "reward", "policy"}),
+    ],
 )
 def test_what_the_registry_lost_is_registered_anew(registered, lose, anew):
     before = set(weights(registered))

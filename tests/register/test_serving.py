@@ -12,13 +12,21 @@ import urllib.request
 import mlflow
 import pandas as pd
 import pytest
+import tiny
 import torch
 from made_models import tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from params.schema import Params
 from tasks.lm.prompt import document_text, prompt_text
-from tasks.register import checks, holdings, recipe
+from tasks.register import checks, holdings, models, recipe
 from tasks.run import tracking
 
 GREEDY = {"do_sample": False}
@@ -145,8 +153,8 @@ def test_a_score_is_the_trainings_own_by_every_loader(finished, served, reward):
     assert reward.predict(frame) == pytest.approx(expected, abs=1e-5)
     assert reward.predict({"question": QUESTIONS, "answer": ANSWERS}) == pytest.approx(expected, abs=1e-5)
     assert reward.predict({"question": QUESTIONS[0], "answer": ANSWERS[0]}) == pytest.approx(expected[:1])
-    pairs = tuple(zip(QUESTIONS, ANSWERS, strict=True))
-    assert checks.training_scores(model, words, False, pairs) == pytest.approx(expected, abs=1e-5)
+    documents = checks.documents_of(words, False, list(zip(QUESTIONS, ANSWERS, strict=True)))
+    assert checks.training_scores(model, documents) == pytest.approx(expected, abs=1e-5)
     pipe = mlflow.transformers.load_model(str(served["reward"]))
     (score,) = pipe(document_text(QUESTIONS[0], ANSWERS[0]) + words.eos_token)
     assert score["score"] == pytest.approx(expected[0], abs=1e-5)
@@ -198,6 +206,40 @@ def test_long_prompts_are_cut_as_the_run_cuts_them():
     assert recipe.Recipe.of("policy", cutting).cut_prompts_to == 9
     assert recipe.Recipe.of("policy", Params()).cut_prompts_to is None
     assert recipe.Recipe.of("policy", cutting).digest != recipe.Recipe.of("policy", Params()).digest
+
+
+def begins_with_bos():
+    """As Llama's: every text begins with bos."""
+    raw = Tokenizer.from_str(tiny.tokenizer().backend_tokenizer.to_str())
+    raw.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", raw.token_to_id("!"))])
+    known = {"bos_token": "!", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=False, **known)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "places"),
+    [
+        ("gpt2", begins_with_bos, {"n_positions": 256}),
+        ("bloom", tiny.tokenizer, {}),
+        ("bert", tiny.encoder_tokenizer, {"max_position_embeddings": 64}),  # too short for one example
+        ("roberta", tiny.encoder_tokenizer, {"max_position_embeddings": 256}),
+        ("deberta-v2", tiny.encoder_tokenizer, {"max_position_embeddings": 256}),
+    ],
+)
+def test_models_of_other_kinds(tmp_path, kind, words, places):
+    """Saving them compares answers and scores with the run's."""
+    words, is_reward = words(), words is tiny.encoder_tokenizer
+    make = tiny.scorer if is_reward else tiny.causal
+    tiny.save(make(kind, vocab_size=len(words), **places), tmp_path / "model", words)
+    chosen = recipe.Recipe.of("reward" if is_reward else "policy", Params())
+    models.save_model(tmp_path / "saved", mlflow.models.Model(), chosen, tmp_path / "model")
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "saved"))
+    if is_reward:
+        together = loaded.predict({"question": ["How?", "a" * 300], "answer": ["So.", "b"]})
+        alone = loaded.predict({"question": "How?", "answer": "So."})
+    else:
+        together, alone = (loaded.predict(asked, params=GREEDY) for asked in (["How?", "What is?"], "How?"))
+    assert together[:1] == (pytest.approx(alone) if is_reward else alone)
 
 
 def test_a_model_that_says_something_else_is_not_registered(layout, monkeypatch):
