@@ -67,6 +67,10 @@ class Holding:
         mine = (one for one in self.versions if (one.md5, one.served) == (md5, served) and one.files)
         return next((one for one in mine if one.is_whole(client)), None)
 
+    def md5(self, number: int) -> str | None:
+        """Of the weights of a version; None where there is no such version."""
+        return next((one.md5 for one in self.versions if one.number == number), None)
+
     def lost_aliases(self, client: MlflowClient | None = None) -> dict[str, int]:
         """Alias -> version of those that name files which are not there, or no version at all."""
         whole = {one.number for one in self.versions if one.is_whole(client)}

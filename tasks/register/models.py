@@ -171,7 +171,7 @@ def _key(folder: Path) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars, and no look-ups on the Hub: MLflow asks it for a model card, 47 s without a network."""
+    """No progress bars, and no look-ups on the Hub: for a model card MLflow waits 47 s without a network."""
     from huggingface_hub import constants
     from transformers.utils import logging as progress
 

@@ -151,9 +151,10 @@ def _due(
     SFT and reward model of the champion are champions too.
     """
     numbers = {one.name: one.found(held, client).number for one in wanted}
-    policy = wanted[-1].name
-    champion = held[policy].aliases.get("champion")
-    is_champion = champion == numbers[policy] or (champion is None and lineage.beats_sft(layout))
+    policy = wanted[-1]
+    champion = held[policy.name].aliases.get("champion")
+    is_same = champion is not None and held[policy.name].md5(champion) == policy.md5
+    is_champion = is_same or (champion is None and lineage.beats_sft(layout))
     due = {}
     for name, number in numbers.items():
         due[name, "candidate"] = number
@@ -173,10 +174,9 @@ def _set_aliases(
     due = {} if trial() else _due(layout, wanted, held, client)
     lost = []
     for one in wanted:
-        md5s = {version.number: version.md5 for version in held[one.name].versions}
         for alias, number in held[one.name].lost_aliases(client).items():
             new = one.found(held, client).number
-            if md5s.get(number) == one.md5:  # the same weights, logged anew
+            if held[one.name].md5(number) == one.md5:  # the same weights, logged anew
                 due[one.name, alias] = new
             elif (one.name, alias) not in due:
                 lost.append(
