@@ -100,6 +100,13 @@ def in_file(store: Path, names: Iterable[str]) -> dict[str, Holding]:
     return {name: Holding(_sorted(versions[name]), named[name]) for name in names}
 
 
+def is_deleted(store: Path, experiment: str) -> bool:
+    """Whether somebody deleted the experiment: MLflow keeps it for a while, with all that its runs logged."""
+    asked = "select count(*) from experiments where name = ? and lifecycle_stage = 'deleted'"
+    with closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)) as file:
+        return file.execute(asked, (experiment,)).fetchone()[0] > 0
+
+
 def by_client(client: MlflowClient, names: Iterable[str]) -> dict[str, Holding]:
     """What any registry holds of these models."""
     from mlflow.exceptions import MlflowException

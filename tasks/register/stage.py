@@ -108,11 +108,12 @@ def _wanted(params: Params, layout: Layout) -> list[Wanted]:
 
 
 def _look(layout: Layout, names: list[str]) -> tuple[dict[str, Holding] | None, MlflowClient | None]:
-    """What the registry holds, and the client that was needed; None where there is none or it was moved."""
+    """What the registry holds, and the client that was needed; None where it must be made or mended first."""
     if (store := tracking.own_store(layout)) is not None:
-        if not store.exists() or moved.old_places(store, layout.home):
-            return None, None
         try:
+            is_off = not store.exists() or moved.old_places(store, layout.home)
+            if is_off or holdings.is_deleted(store, tracking.EXPERIMENT):
+                return None, None
             return holdings.in_file(store, names), None
         except sqlite3.Error as error:
             _log.debug("%s: %s", store, error)  # MLflow's client reads it, or says what is wrong

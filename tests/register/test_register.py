@@ -139,6 +139,15 @@ def test_what_the_registry_lost_is_registered_anew(registered, lose, anew):
         assert mlflow.pyfunc.load_model(str(place))
 
 
+def test_a_deleted_experiment_is_restored_although_the_models_are_there(registered):
+    client = tracking.connect(registered)
+    client.delete_experiment(tracking.experiment(client, registered))
+    assert standing(Params(), registered) is None
+    run(Params(), registered)
+    assert standing(Params(), registered)
+    assert [list(each) for each in registry(registered)[0].values()] == [[1]] * 3
+
+
 def test_both_ways_to_look_see_the_same(registered):
     write_lock(registered.root, ppo="91")
     run(Params(), registered)
