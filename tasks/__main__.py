@@ -105,10 +105,11 @@ def reason(error: Exception) -> str | None:
 def hint(stage: str) -> str:
     """How to get the earlier result back: DVC removes outs before it runs a stage, unless they persist."""
     layout = Layout.here()
-    outs = layout.stages().get(stage, {}).get("outs", [])
-    persist = bool(outs) and all(isinstance(out, dict) and out.popitem()[1].get("persist") for out in outs)
-    is_lost = "DVC_STAGE" in os.environ and stage in layout.locked() and not persist
-    return f" (`dvc checkout {stage}` brings the earlier result back)" if is_lost else ""
+    if "DVC_STAGE" not in os.environ or stage not in layout.locked():
+        return ""
+    outs = layout.stages()[stage].get("outs", [])
+    persist = [isinstance(out, dict) and all(how.get("persist") for how in out.values()) for out in outs]
+    return "" if outs and all(persist) else f" (`dvc checkout {stage}` brings the earlier result back)"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -263,12 +263,12 @@ def connect(layout: Layout) -> MlflowClient:
     with _named(layout, "does not answer"):
         if uri.startswith("http"):
             _knock(without_secrets(uri).rstrip("/"))
-        else:
-            _check_file(uri)
-        if (store := own_store(layout)) is not None:
+        elif (store := own_store(layout)) is not None:
             layout.home.mkdir(parents=True, exist_ok=True)
             for place in moved.follow(store, layout.home):
                 _log.warning("MLflow: this folder stood at %s; %s now says where it stands", place, STORE)
+        else:
+            _check_folder(uri)
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -286,7 +286,7 @@ def _named(layout: Layout, what: str) -> Iterator[None]:
         raise ConnectionError(line) from None
 
 
-def _check_file(uri: str) -> None:
+def _check_folder(uri: str) -> None:
     """SQLAlchemy tries a file in a missing folder again and again, for minutes."""
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:///file:"):
         folder = Path(uri.removeprefix("sqlite:///").partition("?")[0]).parent
