@@ -128,6 +128,30 @@ def test_a_users_error_is_one_line_and_the_earlier_result_stays(root, stage, tra
     assert tracker.end == type(error).__name__
 
 
+def test_a_stage_whose_work_stands_opens_no_run(root, monkeypatch, tracker, capsys):
+    found = [StageResult({"models": 3.0}, "up to date"), None]
+    module = SimpleNamespace(
+        standing=lambda params, layout: found.pop(0), run=lambda params, layout: StageResult({"models": 3.0})
+    )
+    monkeypatch.setitem(sys.modules, "tasks.sft", module)
+    assert main.main(["sft"]) == 0
+    written = (root / "artifacts/sft/metrics.json").read_text()
+    assert capsys.readouterr().out == "stackrl: sft: models 3; up to date\n" and tracker.end == ""
+    assert main.main(["sft"]) == 0
+    assert capsys.readouterr().out == "stackrl: sft: models 3\n" and tracker.end == "FINISHED"
+    assert (root / "artifacts/sft/metrics.json").read_text() == written
+
+
+def test_what_persists_needs_no_way_back(root, stage, capsys, monkeypatch):
+    out = {"artifacts/sft/x.json": {"cache": False, "persist": True}}
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"sft": {"cmd": "x", "outs": [out]}}}))
+    (root / "dvc.lock").write_text("stages: {sft: {cmd: x}}")
+    monkeypatch.setenv("DVC_STAGE", "sft")
+    stage(fails(ValueError("bad")))
+    assert main.main(["sft"]) == 1
+    assert capsys.readouterr().err == "stackrl: sft: bad\n"
+
+
 def test_under_dvc_the_way_back_is_named(root, stage, capsys, monkeypatch):
     monkeypatch.setenv("DVC_STAGE", "sft")
     stage(fails(ValueError("bad")))
