@@ -315,7 +315,8 @@ def test_a_base_model_without_weights_is_named(packed, tmp_path):
 
 def test_a_training_that_diverges_replaces_nothing(packed, tmp_path):
     layout = copied(packed, tmp_path)
-    tiny.save(tiny.causal(vocab_size=len(tiny.tokenizer())), layout.artifact("sft", "model"))  # of a run before
+    earlier = tiny.causal(vocab_size=len(tiny.tokenizer()))
+    tiny.save(earlier, layout.artifact("sft", "model"))
     before = tiny.digests(layout.artifact("sft"))
     diverging = {"learning_rate": 1e20, "optimizer": "adamw", "warmup_share": 0.0}
     with pytest.raises(ValueError, match=r"^step \d+: the .* is .*; is sft\.learning_rate \(1e\+20\) too"):
