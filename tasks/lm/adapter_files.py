@@ -25,6 +25,7 @@ from tasks.lm.forest import unwrapped
 from tasks.lm.hub import find_file
 from tasks.lm.plain_lora import plain_lora
 from tasks.lm.switching import add_named, take_off, weights_of
+from tasks.run.finite import check_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 HEADS = ("score", "classifier")
@@ -57,7 +58,8 @@ def read_adapter(
         token: for the Hub.
 
     Raises:
-        ValueError: no adapter there, files that cannot be read, or an adapter that is not served.
+        ValueError: no adapter there, files that cannot be read, one that is not served, or a number in it
+            that is not finite.
     """
     from peft import PeftConfig
 
@@ -71,6 +73,7 @@ def read_adapter(
     except (SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{key}: the adapter in {base} cannot be read: {error}") from error
     check_kind(config, learns=False, key=f"{key}: {base}")
+    check_tensors(f"{key}: {paths[1]}", tensors)
     head = {found[1]: value for name, value in tensors.items() if (found := _HEAD.search(name))}
     rest = {name: value for name, value in tensors.items() if not _HEAD.search(name)}
     return SavedAdapter(f"{key}: the adapter in {base}", paths[0].parent, config, rest, head)
@@ -164,7 +167,13 @@ def write_adapter(
         tensors: as peft names them in its file.
         head: of a sequence classification; empty: a causal model's adapter.
         base: the base's name in the configuration; None: as it is.
+
+    Raises:
+        ValueError: a number that is not finite.
     """
+    heads = {f"base_model.model.score.{name}": value for name, value in head.items()}
+    tensors = {**tensors, **heads}
+    check_tensors("the adapter is not saved", tensors)
     config = deepcopy(config)
     if head:
         config.task_type, config.modules_to_save = "SEQ_CLS", list(HEADS)
@@ -177,8 +186,7 @@ def write_adapter(
     facts = json.loads(path.read_text(encoding="utf-8"))
     facts["target_modules"] = _sorted(facts["target_modules"])  # a set has another order in every process
     path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    heads = {f"base_model.model.score.{name}": value for name, value in head.items()}
-    save_file({n: v.detach().contiguous().cpu() for n, v in {**tensors, **heads}.items()}, folder / WEIGHTS)
+    save_file({n: v.detach().contiguous().cpu() for n, v in tensors.items()}, folder / WEIGHTS)
 
 
 def tensors_of(model, name: str) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from numpy.random import Philox
 from torch import Tensor
 
 from tasks.lm.decoding import decoder_of, prepared
+from tasks.lm.ends import ids_of
+from tasks.lm.forest import unwrapped
 from tasks.lm.prepack import prepacked
 from tasks.lm.products import default_products
 from tasks.lm.room import Room, speaking_room
@@ -64,17 +66,23 @@ def draw_uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
 class Draw:
     """How a token is drawn from logits; see :func:`generate`."""
 
-    eos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_tokens: int = 0
 
+    def ends(self, token: Tensor) -> Tensor:
+        """Which of these tokens [B] end a response."""
+        if len(self.eos_ids) == 1:
+            return token == self.eos_ids[0]
+        return torch.isin(token, torch.tensor(self.eos_ids, dtype=token.dtype, device=token.device))
+
     def __call__(self, logits: Tensor, uniforms: Tensor | None, before: int) -> Tensor:
         """[B, V], [B] -> [B], after so many tokens of the response; None: the most probable token."""
         logits = logits.float()
-        if self.eos_id is not None and before < self.min_tokens:
-            logits = logits.index_fill(1, torch.tensor(self.eos_id, device=logits.device), -torch.inf)
+        if self.eos_ids and before < self.min_tokens:
+            logits = logits.index_fill(1, torch.tensor(self.eos_ids, device=logits.device), -torch.inf)
         if uniforms is None:
             return logits.argmax(-1)
         return sample(restrict(logits / self.temperature, self.top_k, self.top_p), uniforms)
@@ -86,7 +94,7 @@ def generate(
     prompts: Sequence[Sequence[int] | Tensor],
     *,
     max_tokens: int | Sequence[int],
-    eos_id: int | None,
+    eos_id: int | Sequence[int] | None,
     pad_id: int,
     uniforms: Tensor | None = None,
     temperature: float = 1.0,
@@ -104,7 +112,7 @@ def generate(
         model: a language model, causal or with an encoder, which reads the prompts then.
         prompts: B lists or vectors of token ids; equal ones are read once.
         max_tokens: most tokens of a response: of all, or of each row. R is the largest.
-        eos_id: ends a response; None: nothing does.
+        eos_id: ends a response; of several, each does; None: nothing does.
         pad_id: fills up.
         uniforms: [B, ≥ R] from :func:`draw_uniforms`; None: greedy.
         temperature: the logits are divided by it.
@@ -129,7 +137,9 @@ def generate(
     width = max_tokens if isinstance(max_tokens, int) else max(limits, default=0)
     tokens = torch.full((len(prompts), width), pad_id, device=model.device)
     is_response = torch.zeros_like(tokens, dtype=torch.bool)
-    draw = Draw(eos_id, temperature, top_k, top_p, min_tokens)
+    known = unwrapped(model).get_output_embeddings().weight.shape[0]
+    ends = tuple(token for token in ids_of(eos_id) if 0 <= token < known)
+    draw = Draw(ends, temperature, top_k, top_p, min_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
     low = AUTOCAST[dtype]
     with torch.autocast(model.device.type, low, enabled=low is not None), prepared(model):
@@ -158,8 +168,8 @@ def _decode(decoder, limits: Tensor, draw: Draw, uniforms: Tensor | None, pad_id
             tokens[rows, t] = torch.where(is_open, token, pad_id)
             is_response[rows, t] = is_open
             is_open &= limits[rows] > t + 1
-            if draw.eos_id is not None:
-                is_open &= token != draw.eos_id
+            if draw.eos_ids:
+                is_open &= ~draw.ends(token)
             left = int(is_open.sum())
             if not left:
                 break

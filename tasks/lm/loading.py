@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from tasks.lm.ends import PAD, fit_special_tokens, give_pad, save_tokenizer
+from tasks.run.finite import NOT_FINITE, check_weights, first_not_finite
 from tasks.run.ranks import is_first
 
-PAD, EOS = "<|pad|>", "<|eos|>"
+EOS = "<|eos|>"
 
 
 def load_tokenizer(base: str | Path, revision: str = "main", key: str = "model.base", needs_eos: bool = True):
-    """A tokenizer with an eos and a pad token that differ (see :func:`give_pad`).
+    """A tokenizer with an eos and a pad token that differ (see :func:`tasks.lm.ends.give_pad`).
 
     Args:
         base: folder or Hub id.
@@ -32,18 +34,6 @@ def load_tokenizer(base: str | Path, revision: str = "main", key: str = "model.b
         raise ValueError(f"{key}: the tokenizer of {base} has no eos token")
     give_pad(tokenizer)
     return tokenizer
-
-
-def give_pad(tokenizer) -> None:
-    """A pad token that is not eos, where it has none.
-
-    It becomes unk or bos where one of these differs from eos; otherwise `<|pad|>` is added (the model's
-    embeddings must then grow: see :func:`fit_embeddings`).
-    """
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        spare = (t for t in (tokenizer.unk_token, tokenizer.bos_token) if t and t != tokenizer.eos_token)
-        pad = next(spare, None)
-        tokenizer.add_special_tokens({"pad_token": pad or PAD})
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
@@ -79,7 +69,8 @@ def load_causal(base: str | Path, revision: str = "main", key: str = "model.base
         keys: for transformers' `from_pretrained`; a `dtype` is one for other weights than float32.
 
     Raises:
-        ValueError: the folder or repository has no configuration or no safetensors weights.
+        ValueError: the folder or repository has no configuration or no safetensors weights, or a weight that
+            is not finite.
     """
     from transformers import AutoModelForCausalLM
 
@@ -132,24 +123,29 @@ def create_causal(config: dict, tokenizer):
 
 
 def fit_embeddings(model, tokenizer) -> None:
-    """Grow the embeddings to the tokenizer, and tell the model its pad and eos."""
+    """Grow the embeddings to the tokenizer, and tell the model its eos and pad (:mod:`tasks.lm.ends`)."""
     if len(tokenizer) > len(model.get_input_embeddings().weight):  # an adapter may stand there
         model.resize_token_embeddings(len(tokenizer))
-    for config in (model.config, getattr(model, "generation_config", None)):
-        if config is not None:
-            config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    fit_special_tokens(model, tokenizer)
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
     """A plain transformers folder holding its tokenizer (write it into a staged path).
 
     Of several processes only the first writes; the others get an empty folder.
+
+    Raises:
+        ValueError: a weight that is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not is_first():
         return
+    check_weights("the model is not saved", model)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is None:  # it scores: its pad is what its score is read by
+        tokenizer.save_pretrained(folder)
+    else:
+        save_tokenizer(tokenizer, folder)
 
 
 def check_keys(keys: dict, key: str = "model.base") -> None:
@@ -180,10 +176,24 @@ def _load(auto, base: str | Path, key: str = "model.base", dtype=None, **keys):
         raise ValueError(f"{key}: the folder {base} holds no *.safetensors weights")
     try:
         keys = {"dtype": dtype or torch.float32, **keys, "use_safetensors": True}
-        return auto.from_pretrained(str(base), **keys)
+        model = auto.from_pretrained(str(base), **keys)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         # RuntimeError, ImportError: quantised weights, and no GPU or package for them; the last: a cut file
         raise ValueError(f"{key}: cannot load {base}: {_one_line(error)}") from error
+    if name := first_not_finite(model.named_parameters()):
+        raise ValueError(f"{key}: {base}{_file_of(folder, name)}: {name} {NOT_FINITE}")
+    return model
+
+
+def _file_of(folder: Path, tensor: str) -> str:
+    """`, <file>` for the one in which a tensor stands; nothing where the Hub's cache knows."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if tensor in file.keys():
+                return f", {path.name}"
+    return ""
 
 
 def _one_line(error: BaseException) -> str:

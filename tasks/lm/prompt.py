@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tasks.lm.reading import encode
+
 
 def prompt_text(question: str) -> str:
     """The prompt of a question."""
@@ -23,14 +25,17 @@ def document_text(question: str, answer: str) -> str:
 def encode_prompts(tokenizer, questions: Sequence[str]) -> list[list[int]]:
     """Token ids of the prompt of each question."""
     return [
-        without_eos(ids, tokenizer) for ids in encode_texts(tokenizer, [prompt_text(q) for q in questions])
+        without_eos(ids, tokenizer)
+        for ids in encode(tokenizer, [prompt_text(q) for q in questions], "text")
     ]
 
 
 def encode_documents(tokenizer, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
     """Token ids of each (question, answer), eos at the end."""
     texts = [document_text(q, a) for q, a in pairs]
-    return [[*without_eos(ids, tokenizer), tokenizer.eos_token_id] for ids in encode_texts(tokenizer, texts)]
+    return [
+        [*without_eos(ids, tokenizer), tokenizer.eos_token_id] for ids in encode(tokenizer, texts, "text")
+    ]
 
 
 def response_of(prompt: Sequence[int], document: Sequence[int], where: str) -> list[int]:
@@ -47,14 +52,8 @@ def response_of(prompt: Sequence[int], document: Sequence[int], where: str) -> l
 
 
 def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, with what the tokenizer puts around one.
-
-    A post that writes `</s>` or `<s>` means these letters, not the token that ends a document.
-    """
-    if not texts:
-        return []
-    kept = {"return_attention_mask": False, "return_token_type_ids": False}
-    return tokenizer(texts, split_special_tokens=True, **kept)["input_ids"]
+    """Token ids of each text (:func:`tasks.lm.reading.encode`)."""
+    return encode(tokenizer, texts, "text")
 
 
 def without_eos(ids: list[int], tokenizer) -> list[int]:

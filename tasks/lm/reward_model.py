@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.lm.ends import closed, same_words
 from tasks.lm.loading import fit_embeddings, load_reward, load_tokenizer
-from tasks.lm.prompt import encode_texts, without_eos
+from tasks.lm.prompt import without_eos
+from tasks.lm.reading import encode
 from tasks.lm.scoring import is_encoder, room_of, score_documents
 
 LEAST_STD = 1e-6  # scores are divided by no less
@@ -48,6 +50,7 @@ class RewardModel:
     tokenizer: Any  # its own
     policy_tokenizer: Any
     shares_tokens: bool  # it reads the policy's token ids as they are
+    policy_ends: tuple[int, ...] = ()  # beside the policy tokenizer's eos
 
     @classmethod
     def load(
@@ -57,6 +60,7 @@ class RewardModel:
         device: torch.device | str = "cpu",
         revision: str = "main",
         key: str = "artifacts/reward/model",
+        policy_ends: Sequence[int] = (),
         **keys: Any,
     ) -> RewardModel:
         """From a folder or the Hub.
@@ -67,6 +71,7 @@ class RewardModel:
             device: the model's.
             revision: on the Hub.
             key: names `base` in messages.
+            policy_ends: tokens beside that tokenizer's eos which end a response (:mod:`tasks.lm.ends`).
             keys: for transformers' `from_pretrained`.
 
         Raises:
@@ -77,30 +82,31 @@ class RewardModel:
         if tokenizer.eos_token_id is None and not is_encoder(model):
             raise ValueError(f"{key}: the tokenizer of {base} has no eos token")
         fit_embeddings(model, tokenizer)
-        is_same = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-        is_same = is_same and tokenizer.eos_token_id == policy_tokenizer.eos_token_id
-        shares_tokens = is_same and not is_encoder(model)
-        return cls(model.to(device), tokenizer, policy_tokenizer, shares_tokens)
+        shares_tokens = same_words(tokenizer, policy_tokenizer) and not is_encoder(model)
+        return cls(model.to(device), tokenizer, policy_tokenizer, shares_tokens, tuple(policy_ends))
 
     def documents(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[list[int]]:
         """Prompt and response in the tokens that the model reads. B, B lists of the policy's -> B lists.
 
-        A text is decoded whole and tokenised whole. It ends with eos where the response did; an encoder
-        closes every document itself. What its positions do not hold is cut, but not that closing token.
+        A text is decoded whole and tokenised whole. It ends with eos where the response ended, by whichever
+        token, for with eos the documents ended that taught the model; an encoder closes every document
+        itself. What its positions do not hold is cut, but not that closing token.
         """
+        if self.policy_ends:
+            responses = closed(responses, self.policy_ends, self.policy_tokenizer.eos_token_id)
         whole, most = [[*p, *r] for p, r in zip(prompts, responses, strict=True)], room_of(self.model)
         if self.shares_tokens:
             return [ids[:most] for ids in whole]
         clean = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        found = encode_texts(self.tokenizer, self.policy_tokenizer.batch_decode(whole, **clean))
+        found = encode(self.tokenizer, self.policy_tokenizer.batch_decode(whole, **clean), "text")
         if is_encoder(self.model):
             return [ids if most is None or len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in found]
         eos = self.policy_tokenizer.eos_token_id
         ends = [[self.tokenizer.eos_token_id] if ids[-1] == eos else [] for ids in whole]
-        closed = ([*without_eos(ids, self.tokenizer), *end] for ids, end in zip(found, ends, strict=True))
-        return [ids[:most] for ids in closed]
+        whole = ([*without_eos(ids, self.tokenizer), *end] for ids, end in zip(found, ends, strict=True))
+        return [ids[:most] for ids in whole]
 
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], rows: int

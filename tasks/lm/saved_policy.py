@@ -20,6 +20,7 @@ from tasks.lm.loading import check_keys, load_causal
 from tasks.lm.quantized import read_quantized
 from tasks.lm.reward_adapter import save_reward_adapter
 from tasks.lm.switching import REFERENCE, at_work_on, weights_of
+from tasks.run.finite import check_tensors
 
 ADAPTERS = "adapters.json"  # of a policy with several: which are at work, which is whose
 PICKLE = "pytorch_model.bin"  # where TRL ≤ 0.11 puts the head of a model under an adapter
@@ -150,7 +151,7 @@ def read_value_head(
     checkpoint or in some of its shards. Nothing else is read of these, and no pickle at all.
 
     Raises:
-        ValueError: a file cannot be read.
+        ValueError: a file cannot be read, or holds a number that is not finite.
     """
     if path := find_file(base, VALUE_HEAD, revision, token):
         return _tensors(path, "")
@@ -174,6 +175,8 @@ def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if name.startswith(prefix)]
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            found = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    check_tensors(str(path), found)
+    return found

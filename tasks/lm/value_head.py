@@ -27,6 +27,7 @@ from tasks.lm.saved_policy import (
 )
 from tasks.lm.seq2seq import check_seq2seq
 from tasks.lm.sequences import positions_of
+from tasks.run.finite import check_weights
 
 
 class ModelWithValueHead(ScoredByAdapter):
@@ -160,7 +161,11 @@ class ModelWithValueHead(ScoredByAdapter):
         Args:
             folder: made where it is missing.
             keys: for the language model's `save_pretrained`, for example `max_shard_size`.
+
+        Raises:
+            ValueError: a weight that is not finite; nothing is written.
         """
+        check_weights("the model is not saved", self)
         save_policy(self, folder, **keys)
         save_file({k: v.contiguous() for k, v in self.v_head.state_dict().items()}, Path(folder) / VALUE_HEAD)
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from params.schema import Params
+from tasks.lm.ends import save_tokenizer
 from tasks.lm.loading import load_tokenizer, train_tokenizer
 from tasks.lm.prompt import document_text
 from tasks.pack.encode import Documents, Groups, Prompts
@@ -74,7 +75,7 @@ def _run(params: Params, layout: Layout, splits: dict[str, Path], tokenizer, wor
             count.update(_counted(part, name, found[part, name], pack.long_documents))
     _refuse_empty(found, count, pack.exposure)
     with ExitStack() as outs:  # all are staged before the first takes its place
-        tokenizer.save_pretrained(outs.enter_context(staged(layout.artifact("pack", "tokenizer"))))
+        save_tokenizer(tokenizer, outs.enter_context(staged(layout.artifact("pack", "tokenizer"))))
         rows, tokens = {}, 0
         for part, (schema, names) in PARTS.items():
             folder = outs.enter_context(staged(layout.artifact("pack", part)))

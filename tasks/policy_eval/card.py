@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tasks.policy_eval.text import states
 from tasks.run.intervals import bootstrap
-from tasks.run.monitor.text import distinct, repetition
+from tasks.run.monitor.text import distinct, has_ended, repetition
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,27 @@ class Answers:
         )
 
 
-def describe(answers: Answers, eos_id: int) -> dict[str, float]:
+def check_scores(scores: np.ndarray, rows: Sequence[dict], name: str) -> None:
+    """Refuse scores [N·K] of K responses to each of N prompts that are not finite.
+
+    Raises:
+        ValueError: names the reward model's out and the question.
+    """
+    for place in np.flatnonzero(~np.isfinite(scores))[:1]:
+        row = rows[place * len(rows) // len(scores)]
+        raise ValueError(
+            f"policy_eval: artifacts/reward/{name} gives scores that are not finite, first to a response to "
+            f"{row['site']}/{row['question_id']}"
+        )
+
+
+def describe(answers: Answers, eos_id: int | Collection[int]) -> dict[str, float]:
     """Score, length, eos rate, distinct-n and repetition of one model's responses."""
     flat = [r for row in answers.tokens for r in row]
     return {
         "score": float(answers.scores.mean()),
         "response_tokens": float(np.mean([len(r) for r in flat])),
-        "eos_rate": float(np.mean([r[-1] == eos_id for r in flat])),
+        "eos_rate": float(np.mean([has_ended(r, eos_id) for r in flat])),
         "distinct_1": distinct(flat, 1),
         "distinct_2": distinct(flat, 2),
         "repetition_3": float(np.mean([repetition(r) for r in flat])),

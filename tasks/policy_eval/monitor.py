@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from params.schema import MonitorParams, Params
+from tasks.lm.ends import ends_of
 from tasks.lm.forest import serve_forest
 from tasks.lm.reward_model import RewardModel, scale_of
 from tasks.lm.sequences import lay_out, read_responses
-from tasks.policy_eval.card import Answers
+from tasks.policy_eval.card import Answers, check_scores
 from tasks.run.layout import Layout
 from tasks.run.monitor import Look, Thresholds, findings_of, gain
 
@@ -47,16 +48,17 @@ def monitored(
         name: layout.artifact("reward", out) for name, out in zip(SCORES, ("model", "judge"), strict=True)
     }
     scales = {name: scale_of(folder, f"policy_eval: {name}") for name, folder in folders.items()}
-    judge = RewardModel.load(folders["judge"], tokenizer, policies[0].device, key="artifacts/reward/judge")
+    ends = ends_of(policies[0], tokenizer)
+    of = {"key": "artifacts/reward/judge", "policy_ends": ends}
+    judge = RewardModel.load(folders["judge"], tokenizer, policies[0].device, **of)
     microbatch, looks = params.machine.microbatch_rows, []
     for policy, answers, kl in zip(policies, sampled, (np.zeros_like(kl_nats), kl_nats), strict=True):
         flat = [(row["prompt"], r) for row, own in zip(rows, answers.tokens, strict=True) for r in own]
         judged = judge.score(*zip(*flat, strict=True), microbatch).double().numpy()
-        if not np.isfinite(judged).all():
-            raise ValueError("policy_eval: artifacts/reward/judge gives scores that are not finite")
+        check_scores(judged, rows, "judge")
         entropy = entropies(policy, flat, tokenizer.pad_token_id, params.ppo.temperature, microbatch)
         looks.append(
-            look_at(answers, judged, tokenizer.eos_token_id, scales=scales, kl_nats=kl, entropy_nats=entropy)
+            look_at(answers, judged, ends, scales=scales, kl_nats=kl, entropy_nats=entropy)
         )
     return watch(*looks, params.ppo.monitor)
 
@@ -78,7 +80,7 @@ def entropies(
 def look_at(
     answers: Answers,
     judged: np.ndarray,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     *,
     scales: dict[str, tuple[float, float]],
     kl_nats: np.ndarray,
@@ -89,7 +91,7 @@ def look_at(
     Args:
         answers: N prompts, K responses each.
         judged: the judge's scores of them, [N·K].
-        eos_id: the end.
+        eos_id: the end; of several each is one.
         scales: `proxy` and `judge`: mean and standard deviation of each one's validation scores.
         kl_nats: [N·K].
         entropy_nats: [N·K].

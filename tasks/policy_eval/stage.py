@@ -10,6 +10,7 @@ import torch
 from pyarrow import parquet
 
 from params.schema import Params
+from tasks.lm.ends import ends_of
 from tasks.lm.forest import serve_forest
 from tasks.lm.generation import draw_uniforms, generate, row_seeds
 from tasks.lm.loading import load_causal, load_tokenizer
@@ -17,6 +18,7 @@ from tasks.lm.reward_model import RewardModel
 from tasks.lm.sequences import lay_out, response_logprobs
 from tasks.policy_eval.card import (
     Answers,
+    check_scores,
     correctness,
     describe,
     paired,
@@ -52,15 +54,14 @@ def answer(
         model,
         prompts,
         max_tokens=length,
-        eos_id=tokenizer.eos_token_id,
+        eos_id=ends_of(model, tokenizer),
         pad_id=tokenizer.pad_token_id,
         uniforms=uniforms,
         temperature=params.ppo.temperature,
         rows=machine.decode_rows,
     ).lists()
     scores = reward_model.score(prompts, tokens, machine.microbatch_rows).double().numpy()
-    if not np.isfinite(scores).all():
-        raise ValueError("policy_eval: artifacts/reward/model gives scores that are not finite")
+    check_scores(scores, rows, "model")
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     starts = range(0, len(prompts), samples)
     tokens, texts = ([flat[i : i + samples] for i in starts] for flat in (tokens, texts))
@@ -110,7 +111,8 @@ def run(params: Params, layout: Layout) -> StageResult:
     device = use_device(params.machine.device, params.machine.threads)
     tokenizer = load_tokenizer(layout.artifact("sft", "model"))
     sft, ppo = (load_causal(layout.artifact(s, "model")).to(device).eval() for s in ("sft", "ppo"))
-    reward_model = RewardModel.load(layout.artifact("reward", "model"), tokenizer, device)
+    ends = ends_of(sft, tokenizer)
+    reward_model = RewardModel.load(layout.artifact("reward", "model"), tokenizer, device, policy_ends=ends)
     rows = held_out_prompts(layout, params.policy_eval.prompts)
     if not rows:
         raise ValueError("policy_eval: artifacts/pack/prompts/eval.parquet holds no prompt")
@@ -135,8 +137,8 @@ def run(params: Params, layout: Layout) -> StageResult:
         answers[way] = both
         scores = [a.scores for a in both]
         card[way] = {
-            "sft": describe(both[0], tokenizer.eos_token_id),
-            "ppo": describe(both[1], tokenizer.eos_token_id),
+            "sft": describe(both[0], ends),
+            "ppo": describe(both[1], ends),
             "score": paired(*scores, resamples, seed),
             **win_rate(*scores, resamples, seed),
             "correct": correctness(*both, rows, resamples, seed),

@@ -20,7 +20,7 @@ class Asked:
     """How to sample B responses."""
 
     max_tokens: Sequence[int]  # [B]
-    eos_id: int | None  # None: no token ends a response
+    eos_id: int | tuple[int, ...] | None  # of several each ends a response; None: no token does
     do_sample: bool
     top_k: int  # 0: all
     top_p: float
@@ -30,7 +30,7 @@ class Asked:
 def asked_of(
     given: dict[str, Any],
     config: PPOConfig,
-    eos_id: int,
+    eos_id: int | Sequence[int],
     vocabulary: int,
     rows: int,
     lengths: Sequence[int] | None = None,
@@ -40,7 +40,7 @@ def asked_of(
     Args:
         given: the arguments.
         config: its temperature is the only one: `step` computes log-probabilities at it.
-        eos_id: of the tokenizer; `eos_token_id` overrides it.
+        eos_id: of the model and its tokenizer, one or several; `eos_token_id` overrides it.
         vocabulary: tokens; an eos outside it never comes.
         rows: B.
         lengths: most new tokens of each row; None: `max_new_tokens`, else `response_tokens`.
@@ -56,10 +56,10 @@ def asked_of(
             raise ValueError(f"generate: give {new}; {name} counts the prompt, which differs by row")
     most = config.response_tokens if most is None else most
     eos_id = left.pop("eos_token_id", eos_id)
-    if isinstance(eos_id, list | tuple) and len(eos_id) == 1:
-        eos_id = eos_id[0]
-    if not isinstance(eos_id, int | None):
-        raise ValueError(f"generate: eos_token_id must be one token, not {eos_id!r}")
+    ends = list(eos_id) if isinstance(eos_id, list | tuple) else [eos_id]
+    if not ends or not all(isinstance(each, int | None) for each in ends):
+        raise ValueError(f"generate: eos_token_id must be a token or a list of some, not {eos_id!r}")
+    ends = tuple(each for each in ends if each is not None and 0 <= each < vocabulary)
     temperature = left.pop("temperature", config.temperature)
     if temperature != config.temperature:
         raise ValueError(
@@ -68,7 +68,7 @@ def asked_of(
         )
     asked = Asked(
         max_tokens=list(lengths) if lengths is not None else [most] * rows,
-        eos_id=eos_id if eos_id is not None and 0 <= eos_id < vocabulary else None,
+        eos_id=ends if len(ends) > 1 else next(iter(ends), None),
         do_sample=bool(left.pop("do_sample", True)),
         top_k=int(left.pop("top_k", 0) or 0),
         top_p=float(left.pop("top_p", 1.0) or 1.0),

@@ -103,7 +103,7 @@ class Looks:
         look = Look.of(
             responses,
             _texts(trainer.tokenizer, responses),
-            trainer.tokenizer.eos_token_id,
+            trainer.ends,
             self.each,
             proxy=_sums(scores).tolist(),
             kl_nats=seen.kl_nats().tolist(),

@@ -11,6 +11,9 @@ import torch
 
 from params.schema import PPOConfig
 from tasks.lm.generation import Responses, row_seeds
+from tasks.lm.prompt import without_eos
+from tasks.lm.reading import encode
+from tasks.lm.seq2seq import is_seq2seq
 from tasks.lm.switching import learnt, load_learnt
 from tasks.ppo.batch import check_tokens
 from tasks.ppo.looks import HELD_OUT, OF_JUDGE, Looks
@@ -19,6 +22,7 @@ from tasks.ppo.reward_functions import RewardFunction, scores_of, texts_of
 from tasks.run import checkpoint
 from tasks.run.curve import Curve
 from tasks.run.devices import derive_seed
+from tasks.run.monitor.text import has_ended
 
 if TYPE_CHECKING:
     from tasks.ppo.trainer import PPOTrainer
@@ -92,7 +96,11 @@ def train(
 def _tokens(trainer: PPOTrainer, name: str, given: Sequence | None, is_text: bool) -> list[list[int]]:
     if given is None:
         return []
-    ids = [trainer.tokenizer(text)["input_ids"] for text in given] if is_text else list(given)
+    ids = list(given)
+    if is_text:
+        ids = encode(trainer.tokenizer, ids, "text")
+        if not is_seq2seq(trainer.model.pretrained_model):  # an encoder's source ends as its tokenizer says
+            ids = [without_eos(row, trainer.tokenizer) for row in ids]
     most = trainer.room().of_prompt(trainer.config.response_tokens)
     return check_tokens(name, ids, trainer.vocabulary(), room=most)
 
@@ -209,7 +217,7 @@ class Loop:
         return self.trainer.sample(prompts, seeds, self.decode_rows)
 
     def _eos_rate(self, responses: Sequence[Sequence[int]]) -> float:
-        ended = [float(r[-1] == self.trainer.tokenizer.eos_token_id) for r in responses]
+        ended = [float(has_ended(r, self.trainer.ends)) for r in responses]
         return self.trainer.mean(ended)
 
     def _look_at_held_out(self, number: int) -> dict[str, float]:

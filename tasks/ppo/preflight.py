@@ -110,7 +110,7 @@ def _of_rows_alone(trainer: PPOTrainer, rows: list[tuple], seen: Rollout) -> Ite
 @torch.no_grad()
 def _of_draws(trainer: PPOTrainer, rows: list[tuple], uniforms: Tensor) -> Iterator[str]:
     """Which tokens the same random numbers choose from what is trained, and whether eos can be one."""
-    eos, vocabulary = trainer.tokenizer.eos_token_id, trainer.vocabulary()
+    ends = [token for token in trainer.ends if 0 <= token < trainer.vocabulary()]
     rounding, agree, best = _rounding(trainer, autocast=True), [], 0.0
     for (prompt, response), drawn in zip(rows, uniforms, strict=True):
         logp = _read_alone(trainer, prompt, response, _precision(trainer))
@@ -118,16 +118,17 @@ def _of_draws(trainer: PPOTrainer, rows: list[tuple], uniforms: Tensor) -> Itera
         wanted, above = drawn[: len(response)].to(upto) * upto[:, -1], _at(upto, response)
         off = torch.maximum(wanted - above, above - _at(logp, response).exp() - wanted)
         agree += (off <= rounding.cumulative).tolist()
-        if 0 <= eos < vocabulary:
-            best = max(best, logp[:, eos].max().exp().item())
+        if ends:
+            best = max(best, logp[:, ends].max().exp().item())
     share = sum(agree) / len(agree)
     if not share >= rounding.agreement:
         yield (
             f"sampled tokens are no draws of the distribution that is trained: the same random numbers "
             f"choose {share:.1%} of {len(agree)} tokens again ({rounding.agreement:.0%} is wanted)"
         )
-    if not 0 <= eos < vocabulary:
-        yield f"no response can end: eos is token {eos}, the vocabulary has {vocabulary}"
+    eos = ", ".join(map(str, trainer.ends))
+    if not ends:
+        yield f"no response can end: eos is token {eos}, the vocabulary has {trainer.vocabulary()}"
     elif not best > LEAST_EOS:
         yield f"no response can end: eos (token {eos}) has a probability of at most {best:.2g}"
 

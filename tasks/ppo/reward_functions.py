@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.lm.ends import closed
 from tasks.lm.modes import evaluating
-from tasks.lm.prompt import encode_texts, without_eos
+from tasks.lm.prompt import without_eos
+from tasks.lm.reading import encode, harmless
 from tasks.lm.reward_model import RewardModel, scale_of
 from tasks.lm.scoring import check_scorer, room_of
 from tasks.ppo.batch import read_scores
@@ -54,6 +56,7 @@ def from_pipeline(
     if label not in known:
         raise ValueError(f"label: the pipeline has no {label!r}; it has {', '.join(known)}")
     keys = {"top_k": None, "function_to_apply": "none", "truncation": True, "batch_size": batch_size}
+    keys["split_special_tokens"] = True  # a text's letters, as everywhere
     most = room_of(pipe.model)
     if most is not None and most < pipe.tokenizer.model_max_length:
         keys["max_length"] = most
@@ -62,6 +65,7 @@ def from_pipeline(
         prompts, responses = _as_texts("from_pipeline", tokenizer, prompts, responses)
         whole = reads == "both"
         texts = [p + r if whole else r for p, r in zip(prompts, responses, strict=True)]
+        texts = harmless(pipe.tokenizer, texts)
         with evaluating(pipe.model):
             said = [{each["label"]: each["score"] for each in found} for found in pipe(texts, **keys)]
         return torch.tensor([of_text[label] for of_text in said])
@@ -70,7 +74,13 @@ def from_pipeline(
 
 
 def from_model(
-    model: Any, tokenizer: Any, *, normalize: bool = False, rows: int = 64, device: torch.device | str = "cpu"
+    model: Any,
+    tokenizer: Any,
+    *,
+    normalize: bool = False,
+    rows: int = 64,
+    device: torch.device | str = "cpu",
+    ends: Sequence[int] = (),
 ) -> RewardFunction:
     """The score of a reward model at the document's last token, or as an encoder's own head gives it.
 
@@ -81,6 +91,7 @@ def from_model(
         normalize: (score - mean) / standard deviation, from the `scores.json` in the model's folder.
         rows: documents in one forward.
         device: for a model that is loaded.
+        ends: tokens beside the tokenizer's eos that end a response of the policy (`PPOTrainer.ends`).
 
     Texts are read as finished documents; token ids end with eos only where the response does. What a model
     has no places for is cut at its end (an encoder's closing token stays).
@@ -90,15 +101,20 @@ def from_model(
     """
     scale = scale_of(model, "normalize") if normalize else (0.0, 1.0)
     if isinstance(model, str | Path):
-        model = RewardModel.load(model, tokenizer, device, key="model")
+        model = RewardModel.load(model, tokenizer, device, key="model", policy_ends=ends)
     elif not isinstance(model, RewardModel):
         check_scorer(model)
-        model = RewardModel(model, tokenizer, tokenizer, shares_tokens=True)
+        model = RewardModel(model, tokenizer, tokenizer, shares_tokens=True, policy_ends=tuple(ends))
     return _of_tokens(lambda prompts, responses: model.score(prompts, responses, rows), tokenizer, *scale)
 
 
 def from_adapter(
-    model: Any, tokenizer: Any, *, scores: str | Path | None = None, rows: int = 64
+    model: Any,
+    tokenizer: Any,
+    *,
+    scores: str | Path | None = None,
+    rows: int = 64,
+    ends: Sequence[int] = (),
 ) -> RewardFunction:
     """The score of the reward adapter on the policy's own base, at the document's last token.
 
@@ -107,6 +123,7 @@ def from_adapter(
         tokenizer: the policy's.
         scores: folder of a scores.json, which normalises as in :func:`from_model`; None: raw scores.
         rows: documents in one forward.
+        ends: as for :func:`from_model`.
 
     Raises:
         ValueError: the model has no reward adapter, or the folder no scores.json.
@@ -114,15 +131,20 @@ def from_adapter(
     if not getattr(model, "supports_rm_adapter", False):
         raise ValueError("model has no reward adapter; load it with reward_adapter, or use from_model")
     scale = (0.0, 1.0) if scores is None else scale_of(scores, "normalize")
-    whole = lambda *both: [p + r for p, r in zip(*both, strict=True)]  # noqa: E731
-    return _of_tokens(lambda *both: model.score_documents(whole(*both), rows), tokenizer, *scale)
+
+    def score(prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+        responses = closed(responses, ends, tokenizer.eos_token_id)
+        whole = [p + r for p, r in zip(prompts, responses, strict=True)]
+        return model.score_documents(whole, rows)
+
+    return _of_tokens(score, tokenizer, *scale)
 
 
 def _of_tokens(score: Callable, tokenizer: Any, mean: float, std: float) -> RewardFunction:
     def model_score(prompts: Sequence, responses: Sequence) -> Tensor:
         if _are_texts(prompts):
             whole = [p + r for p, r in zip(prompts, responses, strict=True)]
-            prompts = [without_eos(ids, tokenizer) for ids in encode_texts(tokenizer, whole)]
+            prompts = [without_eos(ids, tokenizer) for ids in encode(tokenizer, whole, "text")]
             responses = [[tokenizer.eos_token_id]] * len(prompts)
         return (score(_ids(prompts), _ids(responses)) - mean) / std
 

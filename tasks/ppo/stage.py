@@ -10,6 +10,7 @@ from params.schema import Params
 from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.lm.adapter_files import read_adapter
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
+from tasks.lm.ends import ends_of
 from tasks.lm.generation import row_seeds
 from tasks.lm.loading import load_causal, load_tokenizer
 from tasks.lm.products import use_onednn_products
@@ -86,11 +87,12 @@ def reward_of(params: Params, layout: Layout, name: str, causal, tokenizer, devi
     """
     folder, rows = layout.artifact("reward", name), params.machine.microbatch_rows
     is_normal, adapter = params.ppo.normalize_scores, folder / "adapter"
+    ends = ends_of(causal, tokenizer)
     if not (params.ppo.lora_rank and adapter.is_dir()):
-        return from_model(folder, tokenizer, normalize=is_normal, rows=rows, device=device)
+        return from_model(folder, tokenizer, normalize=is_normal, rows=rows, device=device, ends=ends)
     saved = read_adapter(adapter, f"artifacts/reward/{name}/adapter")
     scorer = ScoredByAdapter.beside(causal, saved, f"reward_{name}")
-    return from_adapter(scorer, tokenizer, scores=folder if is_normal else None, rows=rows)
+    return from_adapter(scorer, tokenizer, scores=folder if is_normal else None, rows=rows, ends=ends)
 
 
 def merge(params: Params, layout: Layout, loop: Loop) -> None:
@@ -128,6 +130,7 @@ def run(params: Params, layout: Layout) -> StageResult:
 
         loop.run(layout.scratch("ppo"), params.machine.checkpoint_updates, report)
     chosen = loop.select()
+    loop.curve.check(layout.artifact("ppo", "curve.csv"))  # before the earlier model is replaced
     if params.ppo.lora_rank:
         merge(params, layout, loop)
     with staged(layout.artifact("ppo", "model")) as out:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from params.schema import PPOConfig
 from tasks.lm.adapter_kinds import check_adapters
 from tasks.lm.checkpointing import recompute_blocks
+from tasks.lm.ends import ends_of, save_tokenizer
 from tasks.lm.forest import serve_forest, unwrapped
 from tasks.lm.freezing import blocks_of, freeze_layers
 from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
@@ -41,6 +42,8 @@ from tasks.ppo.rewards import KLController, RunningMoments, kl_estimate, token_r
 from tasks.ppo.rollout import Rollout, observe
 from tasks.ppo.statistics import OF_TOKENS, Passes, moments_of, rollout_statistics, token_sums
 from tasks.run.devices import derive_seed
+from tasks.run.finite import check_weights
+from tasks.run.monitor.text import has_ended
 from tasks.run.tracking import check_tracker, track
 
 MOST_RETURNS = 8  # to earlier weights, before the training is given up
@@ -60,7 +63,7 @@ class PPOTrainer:
         ref_model: a language model of the same kind, with or without a value head; KL is measured to it.
             None: what the model says now, as a frozen copy of it, or of its adapter where it has one (a
             fresh adapter: the model without it).
-        tokenizer: gives eos and pad, and is saved with the model.
+        tokenizer: gives eos, beside those of the model's configuration, and pad; saved with the model.
         dataset: rows for `dataloader`, which gives batches of `batch_size`, shuffled, without a remainder.
         optimizer: over the model's parameters; None: the one that `config.optimizer` names.
         data_collator: of `dataloader`.
@@ -74,10 +77,10 @@ class PPOTrainer:
             token), which is kept for all passes over it; a rollout that needs more is read anew in each.
 
     Raises:
-        ValueError: a model of another kind, a tokenizer without eos or pad, a reference of another
-            vocabulary or no model, an optimizer of other parameters, batch sizes that the processes do not
-            divide, a tracker or an optimizer that is not there, more layers unfrozen or shared than there
-            are, weights of the base that learn beside an adapter.
+        ValueError: a model of another kind, a tokenizer without eos or pad, a weight that is not finite,
+            a reference of another vocabulary or no model, an optimizer of other parameters, batch sizes that
+            the processes do not divide, a tracker or an optimizer that is not there, more layers unfrozen or
+            shared than there are, weights of the base that learn beside an adapter.
     """
 
     def __init__(
@@ -103,6 +106,9 @@ class PPOTrainer:
         if microbatch_rows < 1:
             raise ValueError(f"microbatch_rows is {microbatch_rows}; a forward takes at least one row")
         _check_models(model, ref_model, tokenizer)
+        for name, each in (("model", model), ("ref_model", ref_model)):
+            if each is not None:
+                check_weights(name, each)
         _check_optimizer(optimizer, model)
         check_tracker(config.log_with)
         check_optimizer(config.optimizer, "ppo.optimizer")
@@ -121,6 +127,7 @@ class PPOTrainer:
         self.batch_rows, self.mini_rows = config.batch_size // processes, config.mini_batch_size // processes
         self.device = torch.device(device) if device is not None else self.accelerator.device
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
+        self.ends = ends_of(_causal(model), tokenizer)  # tokens each of which ends a response
         self.ref_adapters: list[str] = []  # at work in the reference, where there is no ref_model
         self.ref_model = self._reference_of(ref_model, num_shared_layers)
         for served in (self.model, self.ref_model):
@@ -203,7 +210,7 @@ class PPOTrainer:
             generate_ref_response: the reference's responses as well, of the same random numbers.
             generation_kwargs: as in transformers: `max_new_tokens`, `min_new_tokens`, `min_length`,
                 `do_sample` (True unless told otherwise), `temperature` (that of the configuration), `top_k`,
-                `top_p`, `eos_token_id` (−1: never), `pad_token_id`.
+                `top_p`, `eos_token_id` (−1: never; of a list, each ends), `pad_token_id`.
 
         Returns:
             A list of tensors [tokens], cut behind the first eos of the response; a tensor [1, tokens] where
@@ -355,7 +362,7 @@ class PPOTrainer:
                 raise ValueError("scores: a reward per token is neither scaled, clipped nor given a baseline")
             if config.missing_eos_penalty:
                 for row, response in zip(scores, batch.responses, strict=True):
-                    if response and response[-1] != self.tokenizer.eos_token_id:
+                    if response and not has_ended(response, self.ends):
                         row[-1] -= config.missing_eos_penalty
             return [row.to(self.device) for row in scores]
         scores = scores.to(self.device) - config.score_baseline
@@ -365,7 +372,7 @@ class PPOTrainer:
             scores = (scores - (self.running.mean if config.use_score_norm else 0.0)) / self.running.std
         if config.score_clip is not None:
             scores = scores.clamp(-config.score_clip, config.score_clip)
-        is_open = [not r or r[-1] != self.tokenizer.eos_token_id for r in batch.responses]
+        is_open = [not has_ended(response, self.ends) for response in batch.responses]
         return scores - config.missing_eos_penalty * torch.tensor(is_open, device=self.device)
 
     def _improve(self, seen: Rollout, advantages: Tensor, returns: Tensor) -> Passes:
@@ -523,7 +530,7 @@ class PPOTrainer:
         """The model, with its value head in a file of its own, and the tokenizer; from one process."""
         if self.accelerator.is_main_process:
             self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            save_tokenizer(self.tokenizer, folder)
 
     def push_to_hub(self, repo_id: str, **keys: Any) -> Any:
         """Model and tokenizer to the Hub; `keys` as of the model's `push_to_hub`."""
@@ -568,7 +575,7 @@ class PPOTrainer:
         return autocast(self.device, self.config.dtype)
 
     def _asked(self, given: dict[str, Any], rows: int, lengths: Sequence[int] | None = None) -> Asked:
-        return asked_of(given, self.config, self.tokenizer.eos_token_id, self.vocabulary(), rows, lengths)
+        return asked_of(given, self.config, self.ends, self.vocabulary(), rows, lengths)
 
     def _total(self, values: Tensor) -> Tensor:
         """The sum over processes."""

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tasks.lm.prompt import without_eos
+from tasks.lm.reading import encode, warn_of_marker
 from tasks.reward.records import NOTHING, GroupedAnswers, check, cut, share_prompt
 from tasks.run.rows import read_rows
 
@@ -92,8 +94,10 @@ def _document(row: Mapping[str, Any], side: str, tokenizer) -> tuple[int, ...]:
     if isinstance(whole, list):
         tools = row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
-        keys = {"tools": tools, "return_dict": True, **(row.get("chat_template_kwargs") or {})}
-        return tuple(tokenizer.apply_chat_template(whole, tokenize=True, **keys)["input_ids"])
-    ids = tokenizer(whole)["input_ids"]
-    eos = tokenizer.eos_token_id
-    return tuple(ids if eos is None or ids[-1:] == [eos] else [*ids, eos])
+        (ids,) = encode(
+            tokenizer, [whole], "messages", tools=tools, **(row.get("chat_template_kwargs") or {})
+        )
+        return tuple(ids)
+    warn_of_marker(tokenizer, whole)
+    (ids,), eos = encode(tokenizer, [whole], "text"), tokenizer.eos_token_id
+    return tuple(ids if eos is None else [*without_eos(ids, tokenizer), eos])

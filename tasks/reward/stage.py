@@ -144,6 +144,7 @@ def learn(
     adapter = lora(reward.lora_rank, reward.lora_alpha) if reward.lora_rank else None
     model, tokenizer = reward_model.model, reward_model.tokenizer
     trainer = RewardTrainer(model, config, train, held, processing_class=tokenizer, peft_config=adapter)
+    trainer.section = "reward."
     follow(trainer, learner.run)
     trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
     metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}

@@ -14,9 +14,10 @@ from transformers import EvalPrediction, Trainer, set_seed
 
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.dropout import disable_dropout
+from tasks.lm.ends import ends_of, give_pad, ids_of
 from tasks.lm.forest import serve_forest, unwrapped
 from tasks.lm.freezing import freeze_layers
-from tasks.lm.loading import fit_embeddings, give_pad, load_reward, load_tokenizer
+from tasks.lm.loading import fit_embeddings, load_reward, load_tokenizer
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
 from tasks.lm.scoring import check_scorer, forest_scores, is_encoder, room_of
@@ -24,6 +25,7 @@ from tasks.reward.config import RewardConfig
 from tasks.reward.losses import gap_weights, length_rule, pair_loss
 from tasks.reward.records import GroupedAnswers, collate
 from tasks.reward.rows import Reader
+from tasks.run.finite import FiniteTraining, check_weights
 from tasks.run.held_out import HeldOut
 from tasks.run.parts import InParts, Parts, part_tokens, parts_or
 from tasks.run.trainer import SafeCheckpoints
@@ -32,7 +34,7 @@ Dataset = Collection[GroupedAnswers | Mapping]  # a list, or a datasets.Dataset
 PROBES = 8  # groups on which a merge is checked
 
 
-class RewardTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
+class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
     """A light subclass of transformers.Trainer over a sequence-classification model with one label.
 
     Args:
@@ -45,8 +47,9 @@ class RewardTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
         keys: Trainer's.
 
     Raises:
-        ValueError: a model that gives no score, or has no pad id apart from eos (plain transformers would
-            read its score elsewhere); a row that cannot teach, by its name.
+        ValueError: a model that gives no score, has a weight that is not finite, or has no pad id apart from
+            eos (plain transformers would read its score elsewhere); a row that cannot teach, by its name. In
+            training, a loss (names its rows) or gradient that is not finite.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class RewardTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
             processing_class = processing_class or load_tokenizer(model, key="model", needs_eos=False)
             model = load_reward(model, key="model")
         check_scorer(model)
+        check_weights("model", model)
         _fit_special_tokens(model, processing_class)
         if peft_config is not None:
             model = add_adapter(model, config=peft_config)
@@ -121,7 +125,8 @@ class RewardTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
         ahead = self.length_coefficient * inputs["longer"] - args.margin * inputs["gaps"]
         centering = args.center_rewards_coefficient or 0.0
         losses = inputs["weights"] * pair_loss(better, worse, ahead, args.label_smoothing, centering)
-        _refuse_not_finite(losses, inputs["names"], f"step {self.state.global_step}: the loss")
+        if rows := _not_finite(losses, inputs["names"]):
+            raise self.diverged(f"the loss of {rows} is not finite")
         loss = self.mean_over_batch(losses.sum(), len(inputs["labels"]), num_items_in_batch)
         self.tokens_seen += len(inputs["forest"].tokens)
         return (loss, {"margins": better - worse}) if return_outputs else loss
@@ -145,7 +150,8 @@ class RewardTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
         for part, counts in self.held_out_parts(groups):
             found = self.scores(self.model, part)
             compared = torch.stack(pair_scores(found, part["pairs"]), 1)
-            _refuse_not_finite(compared.sum(1), part["names"], "the score")
+            if rows := _not_finite(compared.sum(1), part["names"]):
+                raise ValueError(f"the score of {rows} is not finite")
             if counts:
                 pairs += compared.tolist()
                 scores += found.tolist()
@@ -157,6 +163,7 @@ class RewardTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
             "score_mean": score.mean().item(),
             "score_std": score.std(correction=0).item(),
         }
+        self.check_measured({f"{prefix}_{name}": value for name, value in found.items()})
         if self.compute_metrics is not None:
             found |= self.compute_metrics(EvalPrediction(pair.numpy(), torch.zeros(len(pair)).numpy()))
         return {f"{prefix}_{k}": v for k, v in found.items()}
@@ -189,10 +196,10 @@ def _fit_special_tokens(model, tokenizer) -> None:
     if tokenizer is not None:
         if tokenizer.eos_token_id is None and not is_encoder(model):
             raise ValueError(f"processing_class: no eos token, which {type(bare).__name__} is read at")
-        give_pad(tokenizer)
+        give_pad(tokenizer, ends_of(bare))
         fit_embeddings(bare, tokenizer)
     pad, eos = bare.config.pad_token_id, bare.config.eos_token_id
-    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+    if pad is None or pad in ids_of(eos):
         raise ValueError(
             f"{type(bare).__name__}: pad_token_id is {pad}, eos_token_id {eos}; transformers reads the score "
             "at the last token that is not pad, so give processing_class, or set another pad_token_id"
@@ -212,8 +219,9 @@ def _length_rule(groups: Sequence[GroupedAnswers]) -> float:
     return length_rule([g.longer(i) for g, i in pairs], [g.weight(i) for g, i in pairs])
 
 
-def _refuse_not_finite(values: Tensor, names: Sequence[str], what: str) -> None:
+def _not_finite(values: Tensor, names: Sequence[str]) -> str:
+    """The names of the rows whose value is not finite, a few of them; empty: all values are."""
     is_bad = ~values.detach().isfinite()
-    if is_bad.any():
-        rows = sorted({name for name, bad in zip(names, is_bad.tolist(), strict=True) if bad})
-        raise ValueError(f"{what} of {', '.join(rows[:5])} is not finite")
+    if not is_bad.any():
+        return ""
+    return ", ".join(sorted({name for name, bad in zip(names, is_bad.tolist(), strict=True) if bad})[:5])

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tasks.run.files import staged
+from tasks.run.finite import check_numbers
 
 
 class Curve:
@@ -56,8 +57,18 @@ class Curve:
         known = [row for row in self.rows if column in row]
         return [row["step"] for row in known], [row[column] for row in known]
 
+    def check(self, path: Path) -> None:
+        """Refuse a value that is not finite, naming step and column; `path` is where it would be written."""
+        for step in sorted(self._rows):
+            check_numbers(f"{path}, step {step}", self._rows[step])
+
     def write(self, path: Path) -> Path:
-        """Write a CSV file with a header; floats in full, an empty cell where there is no value."""
+        """Write a CSV file with a header; floats in full, an empty cell where there is no value.
+
+        Raises:
+            ValueError: a value is not finite (:meth:`check`).
+        """
+        self.check(path)
         with staged(path) as new, new.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(("step", *self.columns))

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tasks.run.finite import check_numbers
 from tasks.run.ranks import is_first
 
 
@@ -45,7 +46,8 @@ def staged(final: Path, by_every_rank: bool = False) -> Iterator[Path]:
 
 
 def write_json(final: Path, value: Any, by_every_rank: bool = False) -> None:
-    """Stage `value` as JSON, keys sorted, newline at the end; ValueError for nan and infinities."""
+    """Stage `value` as JSON, keys sorted, newline at the end; ValueError names a nan or infinity."""
+    check_numbers(str(final), value)
     try:
         text = json.dumps(value, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False)
     except ValueError as error:

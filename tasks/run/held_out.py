@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ class HeldOut:
         """What `measure` says of the held-out rows; processes share the work, and all get the whole.
 
         Raises:
-            ValueError: there is nothing held out, or a row cannot be measured.
+            ValueError: there is nothing held out, a row cannot be measured, or the metric that tells the best
+                checkpoint is not finite: transformers would keep the first of these for the best.
         """
         rows = self.eval_dataset if eval_dataset is None else self.read_held_out(eval_dataset)
         if rows is None:
@@ -34,9 +36,16 @@ class HeldOut:
         metrics: dict[str, float] = {}
         for name, some in several.items():
             metrics |= self.measure(some, f"{metric_key_prefix}_{name}" if name else metric_key_prefix)
+        self._check_best(metrics)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _check_best(self, metrics: dict[str, float]) -> None:
+        best = self.args.metric_for_best_model or ""
+        best = best if best.startswith("eval_") else f"eval_{best}"
+        if not math.isfinite(value := metrics.get(best, 0.0)):
+            raise ValueError(f"metric_for_best_model: {best} is {value} at step {self.state.global_step}")
 
     def held_out_parts(self, rows: Sequence[Any]) -> Iterator[tuple[dict[str, Any], bool]]:
         """Parts of this process's share of some rows, on the device, and whether they count.

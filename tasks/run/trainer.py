@@ -6,6 +6,8 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from tasks.run.checkpoint import Checkpoint, latest, load, restore_rng, rng_state, save
+from tasks.run.finite import check_tensors, check_weights
 from tasks.run.sharded import whole_model
 
 STATE_NAME, WEIGHTS_NAME = "trainer_state.json", "model.safetensors"  # transformers' names
@@ -34,6 +37,7 @@ class SafeCheckpoints:
     """
 
     _resumed: Checkpoint | None = None
+    _special: Sequence[tuple[Any, str, Any]] = ()
     _seconds_before = 0.0  # of training before the checkpoint that was resumed
 
     def __init__(self, *args: Any, **keys: Any) -> None:
@@ -64,6 +68,7 @@ class SafeCheckpoints:
         if resume_from_checkpoint or self.args.save_strategy != SaveStrategy.NO:
             self._refuse_sharded()
         self.args.restore_callback_states_from_checkpoint = True
+        self._special = _special_tokens(self.model)
         try:
             return super().train(resume_from_checkpoint or None, *args, **keys)
         finally:
@@ -88,6 +93,7 @@ class SafeCheckpoints:
         if not self.args.should_save:
             return
         weights = self._weights()
+        _check_weights(f"no checkpoint of step {step}", self.model, weights)
         if self.args.load_best_model_at_end and self.state.best_global_step == step:
             self.state.best_model_checkpoint = str(save(folder / "best", step, {"model": weights}, keep=1))
         callbacks = [*self.callback_handler.callbacks, self.control]
@@ -123,15 +129,20 @@ class SafeCheckpoints:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        _check_weights(f"the model is not saved in {folder}", model, state_dict)
+        folder.mkdir(parents=True, exist_ok=True)
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(folder, state_dict=state_dict)
         else:
             save_model(model, str(folder / WEIGHTS_NAME))
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            self.save_tokenizer(tokenizer, folder)
+
+    def save_tokenizer(self, tokenizer: Any, folder: Path) -> None:
+        """Beside the model."""
+        tokenizer.save_pretrained(folder)
 
     # ---- reading
 
@@ -180,7 +191,12 @@ class SafeCheckpoints:
         return (epochs, 0) if self.state.global_step >= max_steps else position
 
     def _start(self) -> None:
-        """After Trainer has set its counters to zero: back to those of the checkpoint."""
+        """After Trainer has set its counters to zero: back to those of the checkpoint.
+
+        And after it has put the tokenizer's special tokens over those of the model, which are the base's.
+        """
+        for config, name, value in self._special:
+            setattr(config, name, value)
         self._started, self._seconds_before = time.time(), 0.0
         if self._resumed is None:
             return
@@ -202,6 +218,25 @@ class _AtStart(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer._start()
+
+
+def _special_tokens(model: torch.nn.Module) -> list[tuple[Any, str, Any]]:
+    """(configuration, name, id or ids) of each special token that a model's configurations tell."""
+    bare = model.get_base_model() if hasattr(model, "peft_config") else model
+    if not hasattr(bare, "config"):
+        return []
+    configs = [bare.config, bare.config.get_text_config(), getattr(bare, "generation_config", None)]
+    names = [f"{kind}_token_id" for kind in ("bos", "eos", "pad")]
+    return [(c, name, copy(getattr(c, name, None))) for c in configs if c is not None for name in names]
+
+
+def _check_weights(what: str, model: torch.nn.Module, state: dict[str, torch.Tensor] | None) -> None:
+    """Of a state without its buffers, in which a mask may hold −∞; None: of the model itself."""
+    if state is None:
+        check_weights(what, model)
+    else:
+        buffers = {name for name, _ in model.named_buffers()}
+        check_tensors(what, {name: value for name, value in state.items() if name not in buffers})
 
 
 def _of_base(model: torch.nn.Module) -> set[str]:

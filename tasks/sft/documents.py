@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from tasks.lm.bins import BUNDLES_PER_ROW, best_fit_decreasing, bundle
+from tasks.lm.prompt import without_eos
+from tasks.lm.reading import encode, render, warn_of_marker
 from tasks.run.rows import read_rows
 from tasks.sft.records import PackedRow
 
@@ -114,7 +116,8 @@ def read_document(row: Mapping[str, Any], tokenizer, assistant_only: bool = Fals
         row: `{"text"}`; `{"prompt", "completion"}`, texts or conversations (`[{"role": "user", "content":
             "…"}, …]`); `{"messages"}`, a conversation; or `{"input_ids"}` with or without `labels` (−100: not
             learnt) or `completion_mask` (0: the prompt). Texts end with eos, conversations as their template
-            says; of one without a prompt the last answer is the response.
+            says; of one without a prompt the last answer is the response. A text is letters, whatever
+            markers it spells (:mod:`tasks.lm.reading`).
         tokenizer: any; None serves token ids.
         assistant_only: learn what the chat template marks by `{% generation %}`, and nothing else.
 
@@ -162,12 +165,10 @@ def _of_ids(row: Mapping[str, Any]) -> Document:
 
 
 def _of_conversation(prompt: list, whole: list, row, tokenizer, assistant_only: bool) -> Document:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("a conversation, and the tokenizer has no chat template")
     tools = row.get("tools")
-    keys = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "return_dict": True,
-            **(row.get("chat_template_kwargs") or {})}  # fmt: skip
-    found = tokenizer.apply_chat_template(whole, return_assistant_tokens_mask=assistant_only, **keys)
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    keys = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    found = render(tokenizer, whole, return_assistant_tokens_mask=assistant_only, **keys)
     tokens = tuple(found["input_ids"])
     if assistant_only:
         learnt = found["assistant_masks"]
@@ -176,19 +177,20 @@ def _of_conversation(prompt: list, whole: list, row, tokenizer, assistant_only: 
         return Document(tokens, 0, tuple(i for i, is_own in enumerate(learnt) if not is_own))
     if not prompt:
         return Document(tokens, 0)
-    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **keys)["input_ids"]
+    before = render(tokenizer, prompt, add_generation_prompt=True, **keys)["input_ids"]
     return Document(tokens, _shared(before, tokens))
 
 
 def _with_eos(text: str, tokenizer) -> tuple[int, ...]:
-    ids, eos = _ids(text, tokenizer), tokenizer.eos_token_id
-    if eos is None:
+    if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos token to end a text with; set one, or give input_ids")
-    return ids if ids[-1:] == (eos,) else (*ids, eos)
+    warn_of_marker(tokenizer, text)
+    return (*_ids(text, tokenizer), tokenizer.eos_token_id)
 
 
 def _ids(text: str, tokenizer) -> tuple[int, ...]:
-    return tuple(tokenizer(text)["input_ids"])
+    (ids,) = encode(tokenizer, [text], "text")
+    return tuple(without_eos(ids, tokenizer))
 
 
 def _shared(prompt: Sequence[int], whole: Sequence[int]) -> int:

@@ -76,6 +76,7 @@ def run(params: Params, layout: Layout) -> StageResult:
     config = SFTConfig(**arguments)
     adapter = lora(sft.lora_rank, sft.lora_alpha) if sft.lora_rank else None
     trainer = SFTTrainer(model, config, train, held, processing_class=tokenizer, peft_config=adapter)
+    trainer.section = "sft."
     follow(trainer, "sft")
     trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
     metrics = trainer.evaluate()
@@ -85,9 +86,10 @@ def run(params: Params, layout: Layout) -> StageResult:
         model = trainer.merged(onto=base)
     else:
         model = trainer.merged() if adapter else trainer.whole()
+    curve = Curve.of_log(trainer.state.log_history, ("loss", "learning_rate", "grad_norm"))
+    curve.check(layout.artifact("sft", "curve.csv"))  # before the earlier model is replaced
     with staged(layout.artifact("sft", "model")) as folder:
         save_model(model, tokenizer, folder)
-    curve = Curve.of_log(trainer.state.log_history, ("loss", "learning_rate", "grad_norm"))
     curve.write(layout.artifact("sft", "curve.csv"))
     log_artifact(plot(layout.kept("reports", "sft", "loss.png"), curve, ["loss"], "SFT loss, nats per token"))
     return StageResult(

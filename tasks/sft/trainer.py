@@ -16,6 +16,7 @@ from transformers import EvalPrediction, Trainer, set_seed
 from transformers.trainer_utils import PredictionOutput
 
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
+from tasks.lm.ends import fit_special_tokens, save_tokenizer
 from tasks.lm.forest import has_forest, run_forest, serve_forest, unwrapped
 from tasks.lm.freezing import freeze_layers
 from tasks.lm.heads import Predictions, check_causal, predict
@@ -24,6 +25,7 @@ from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
 from tasks.lm.scoring import room_of
 from tasks.lm.sequences import pad_forest
+from tasks.run.finite import FiniteTraining, check_weights
 from tasks.run.held_out import HeldOut
 from tasks.run.parts import InParts, Parts, part_tokens, parts_or
 from tasks.run.trainer import SafeCheckpoints
@@ -33,10 +35,11 @@ from tasks.sft.records import PackedRow, collate
 
 Dataset = Collection[PackedRow | Mapping]  # a list, or a datasets.Dataset
 PROBES = 8  # documents on which a merge is checked
+MOST_NATS = 709.0  # whose exponential is still a number
 _log = logging.getLogger(__name__)
 
 
-class SFTTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
+class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
     """A light subclass of transformers.Trainer: documents packed without padding, a shared prompt read once.
 
     Five lines tune a model, or an adapter, on a dataset of one's own:
@@ -57,8 +60,8 @@ class SFTTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
         keys: Trainer's.
 
     Raises:
-        ValueError: no causal language model; a row that cannot teach, by its number; several GPUs in one
-            process.
+        ValueError: no causal language model; a weight that is not finite; a row that cannot teach, by its
+            number; several GPUs in one process. In training, a loss or gradient that is not finite.
     """
 
     def __init__(
@@ -77,6 +80,9 @@ class SFTTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
             model = load_causal(model)
             fit_embeddings(model, processing_class)
         check_causal(model)
+        check_weights("model", model)
+        if processing_class is not None:
+            fit_special_tokens(unwrapped(model), processing_class)
         if peft_config is not None:
             model = add_adapter(model, config=peft_config)
         freeze_layers(model, args.num_layers_unfrozen)
@@ -109,6 +115,10 @@ class SFTTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
         self.tokens_seen = 0
         self.model_accepts_loss_kwargs = True  # the loss below divides by the tokens of the whole batch
         self._loss_shifts_labels = False  # and ours are aligned already: every label counts
+
+    def save_tokenizer(self, tokenizer, folder: Path) -> None:
+        """Beside the model, as a language model's."""
+        save_tokenizer(tokenizer, folder)
 
     def merged(self, onto=None):
         """The plain model, its adapter merged in; checked on documents of the training data.
@@ -177,7 +187,9 @@ class SFTTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
                 found.append([said.logprobs.cpu(), said.best.cpu(), part["labels"].cpu()])
         logprobs, best, labels = (torch.cat(each) for each in zip(*gather_object(found), strict=True))
         loss, accuracy = -logprobs.double().mean().item(), (best == labels).double().mean().item()
-        metrics = {"loss": loss, "perplexity": math.exp(loss), "token_accuracy": accuracy}
+        perplexity = math.exp(loss) if loss < MOST_NATS else math.inf
+        metrics = {"loss": loss, "perplexity": perplexity, "token_accuracy": accuracy}
+        self.check_measured({f"{prefix}_{name}": value for name, value in metrics.items()})
         if self.compute_metrics is not None:
             metrics |= self.compute_metrics(EvalPrediction(best.numpy(), labels.numpy()))
         metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}

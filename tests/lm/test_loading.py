@@ -181,8 +181,8 @@ def test_embeddings_grow_to_the_tokenizer(tied, tmp_path):
     fit_embeddings(model, tokenizer)
     assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == len(tokenizer)
     assert tiny.far(model(torch.tensor([[5, 6, 7]])).logits[..., :200], before) <= 1e-6
-    for config in (model.config, model.generation_config):
-        assert (config.pad_token_id, config.eos_token_id) == (0, 1)
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (7, 1)
+    assert (model.generation_config.pad_token_id, model.generation_config.eos_token_id) == (7, [9, 1])
     save_model(model, tokenizer, tmp_path)
     assert load_causal(tmp_path).config.vocab_size == len(tokenizer)
 

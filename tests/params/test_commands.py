@@ -11,9 +11,9 @@ import pytest
 
 from params.__main__ import PRESETS, main, presets
 from params.inputs import Recorded
-from params.load import read
+from params.load import read, read_preset
 
-SAMPLE = read(PRESETS / "sample.yaml")
+SAMPLE = read_preset(PRESETS / "sample.yaml")
 
 
 @pytest.fixture

@@ -3,17 +3,25 @@ from pathlib import Path
 import pytest
 import yaml
 
-from params.load import ParamsError, read
+from params.load import ParamsError, read, read_preset
 from params.render import render
 from params.schema import Params
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def check(tmp_path: Path, text: str | bytes) -> Params:
+COMPLETE = render(Params(), "x")
+
+
+def write(tmp_path: Path, text: str | bytes) -> Path:
     path = tmp_path / "params.yaml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return read(path)
+    return path
+
+
+def check(tmp_path: Path, text: str | bytes) -> Params:
+    """A preset: what is not there has the schema's default."""
+    return read_preset(write(tmp_path, text))
 
 
 def test_strings_become_numbers(tmp_path):
@@ -25,8 +33,73 @@ def test_strings_become_numbers(tmp_path):
     assert params.reward_eval.enforce is False
 
 
-def test_an_empty_file_is_the_default_run(tmp_path):
-    assert check(tmp_path, "") == check(tmp_path, "# nothing\n") == Params()
+def leaves(values: dict, *place: str):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, *place, name)
+        else:
+            yield (*place, name)
+
+
+@pytest.mark.parametrize("key", [".".join(leaf) for leaf in leaves(Params().model_dump())])
+def test_every_key_must_be_there(tmp_path, key):
+    values = Params().model_dump(mode="json")
+    *sections, last = key.split(".")
+    inner = values
+    for name in sections:
+        inner = inner[name]
+    del inner[last]
+    with pytest.raises(ParamsError) as caught:
+        read(write(tmp_path, yaml.safe_dump(values)))
+    told = f"{key} is missing; `python -m params use <preset>` writes every key"
+    assert str(caught.value) == f"{tmp_path / 'params.yaml'}: {told}"
+
+
+@pytest.mark.parametrize("section", ["ppo", "sft", "register"])
+def test_a_section_that_is_cut_to_its_name_lacks_its_first_key(tmp_path, section):
+    values = {**Params().model_dump(mode="json"), section: None}
+    first = next(iter(Params().model_dump()[section]))
+    with pytest.raises(ParamsError, match=rf"{section}\.{first} is missing"):
+        read(write(tmp_path, yaml.safe_dump(values)))
+
+
+def test_a_file_cut_anywhere_is_refused_or_says_the_same(tmp_path):
+    """Byte by byte; a cut in the last comment takes nothing away."""
+    whole, data = read(write(tmp_path, COMPLETE)), COMPLETE.encode()
+    last_value = data.rindex(b"stackrl") + len("stackrl")
+    for size in [*range(0, last_value, 211), *range(last_value - 10, len(data))]:
+        try:
+            found = read(write(tmp_path, data[:size]))
+        except ParamsError as error:
+            assert "\n" not in str(error) and str(tmp_path / "params.yaml") in str(error)
+        else:
+            assert found == whole and size > last_value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", " is empty; `python -m params use sample` writes it"),
+        (" \n\n", " is empty; "),
+        ("# nothing\n", " is empty; "),
+        ("null", " is empty; "),
+        ("[]", ": a mapping is expected, not list"),
+        ("''", ": a mapping is expected, not str"),
+        ("0", ": a mapping is expected, not int"),
+        ("false", ": a mapping is expected, not bool"),
+        ("{}", ": seed is missing; `python -m params use <preset>` writes every key"),
+        ("seed: 2024-99-99", ": month must be in 1..12"),  # YAML reads it as a date
+        ("pppo: {}", ": pppo: no such key; did you mean ppo?"),  # says more than what is missing
+        ("ppo: {updates: many}", ": ppo.updates: input should be a valid integer"),
+        # not "ppo.batch_size (3) must be a multiple of …", which nobody wrote
+        ("seed: 0\nppo: {mini_batch_size: 2, batch_size: 3}", ": machine.device is missing"),
+    ],
+)
+def test_what_is_no_whole_file(tmp_path, text, message):
+    with pytest.raises(ParamsError) as caught:
+        read(write(tmp_path, text))
+    assert str(caught.value).startswith(f"{tmp_path / 'params.yaml'}{message}")
+    assert "\n" not in str(caught.value)
 
 
 def test_source(tmp_path):
@@ -90,6 +163,6 @@ def test_missing_file(tmp_path):
 
 def test_the_committed_file_is_the_rendered_default():
     text = (REPOSITORY / "params.yaml").read_text()
-    sample = read(REPOSITORY / "params/presets/sample.yaml")
+    sample = read_preset(REPOSITORY / "params/presets/sample.yaml")
     assert text == render(sample, "python -m params use sample")
     assert read(REPOSITORY / "params.yaml") == sample

@@ -162,8 +162,8 @@ def test_a_judge_that_is_broken_is_named(upstream, tmp_path):
     shutil.copy(upstream.artifact("reward", "judge", "scores.json"), layout.artifact("reward", "judge"))
     broken = tiny.scorer(seed=2, vocab_size=len(tiny.tokenizer()))
     torch.nn.init.constant_(broken.score.weight, torch.nan)
-    tiny.save(broken, layout.artifact("reward", "judge"))
-    with pytest.raises(ValueError, match="artifacts/reward/judge gives scores that are not finite"):
+    broken.save_pretrained(layout.artifact("reward", "judge"))  # our own door lets no such weight out
+    with pytest.raises(ValueError, match=r"^artifacts/reward/judge: .*: score\.weight holds a number"):
         run(tiny.params(), layout)
 
 
@@ -245,5 +245,5 @@ def test_scores_that_are_not_finite_are_an_error(upstream):
     model = load_causal(upstream.artifact("sft", "model"))
     judge = tiny.reward_model(tiny.scorer(vocab_size=len(tiny.tokenizer())))
     torch.nn.init.constant_(judge.model.score.weight, torch.nan)
-    with pytest.raises(ValueError, match="scores that are not finite"):
+    with pytest.raises(ValueError, match=r"scores that are not finite, first to a response to \S+/\d+$"):
         answer(model, judge, tiny.tokenizer(), held_out_prompts(upstream, 2), tiny.params(), 1, None)

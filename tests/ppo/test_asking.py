@@ -32,15 +32,16 @@ def test_each_argument_is_heard_and_none_is_taken_from_the_caller():
     ("own", "given", "wanted"),
     [(0, {}, 0), (31, {}, 31), (32, {}, None), (-1, {}, None), (1, {"eos_token_id": 2}, 2),
      (1, {"eos_token_id": [2]}, 2), (1, {"eos_token_id": (2,)}, 2), (1, {"eos_token_id": -1}, None),
-     (1, {"eos_token_id": None}, None)],
+     (1, {"eos_token_id": None}, None), (1, {"eos_token_id": [1, 2]}, (1, 2)), ((1, 3), {}, (1, 3)),
+     ((1, 3), {"eos_token_id": 2}, 2), ((1, 32), {}, 1), (1, {"eos_token_id": (2, -1, 40, 3)}, (2, 3))],
 )  # fmt: skip
 def test_which_token_ends_a_response(own, given, wanted):
     assert asked(eos_id=own, **given).eos_id == wanted
 
 
-@pytest.mark.parametrize("wrong", [[], [1, 2], [[1]], "</s>", 1.0])
+@pytest.mark.parametrize("wrong", [[], [[1]], "</s>", ["</s>"], 1.0])
 def test_what_is_no_eos(wrong):
-    with pytest.raises(ValueError, match="eos_token_id must be one token, not"):
+    with pytest.raises(ValueError, match="eos_token_id must be a token or a list of some, not"):
         asked(eos_token_id=wrong)
 
 

@@ -159,8 +159,8 @@ def test_greedy_is_not_sampled():
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is not known"),
         ({"max_length": 20}, "give max_new_tokens; max_length counts the prompt"),
         ({"min_length": 4}, "give min_new_tokens"),
-        ({"eos_token_id": [1, 2]}, "eos_token_id must be one token"),
-        ({"eos_token_id": "</s>"}, "eos_token_id must be one token, not '</s>'"),
+        ({"eos_token_id": []}, "eos_token_id must be a token or a list of some, not"),
+        ({"eos_token_id": "</s>"}, "eos_token_id must be a token or a list of some, not '</s>'"),
         ({"max_new_tokens": 0}, "at least one new token, not 0"),
         (
             {"max_new_tokens": 70},

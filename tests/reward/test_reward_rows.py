@@ -16,8 +16,8 @@ from tasks.reward.rows import Reader, read_row
 EOS = tiny.EOS
 
 
-def ids(text: str) -> list[int]:
-    return tiny.tokenizer()(text)["input_ids"]
+def ids(text: str, **keys) -> list[int]:
+    return tiny.tokenizer()(text, **keys)["input_ids"]
 
 
 def whole(group: GroupedAnswers) -> list[list[int]]:
@@ -33,10 +33,11 @@ def reader(**keys) -> Reader:
 
 
 def test_texts():
-    """Prompt and answer are tokenised in one go and end with eos; an eos that is there is not doubled."""
+    """Prompt and answer are tokenised in one go and end with eos; what a text spells are letters."""
     row = {"prompt": "What is 1 + 2?", "chosen": " It is 3.", "rejected": " It is 4.<|eos|>"}
     group = read_row(row, tiny.tokenizer())
-    assert whole(group) == [[*ids("What is 1 + 2? It is 3."), EOS], [*ids("What is 1 + 2? It is 4."), EOS]]
+    spelled = ids("What is 1 + 2? It is 4.<|eos|>", split_special_tokens=True)
+    assert whole(group) == [[*ids("What is 1 + 2? It is 3."), EOS], [*spelled, EOS]]
     assert group.pairs == ((0, 1),) and group.weights == () == group.gaps
     first, second = group.responses
     assert len(group.prompt) > 3 and first[0] != second[0], "all they share is the prompt"
@@ -105,7 +106,7 @@ PAIR = {"prompt": "1 + 2 =", "chosen": " 3", "rejected": " 4"}
         ({**PAIR, "prompt": 7}, "texts or conversations, not int"),
         ({**PAIR, "prompt": "", "chosen": ""}, "chosen is empty, and so is its prompt"),
         ({"chosen": [], "rejected": turns("a")}, "chosen is empty"),
-        ({"chosen": turns("a"), "rejected": turns("b")}, "chat_template is not set"),
+        ({"chosen": turns("a"), "rejected": turns("b")}, "the tokenizer has no chat template"),
         ({**PAIR, "prompt": turns("a")}, "both texts or both conversations"),
         ({"prompt": "a", "response": "b", "label": None}, "label None: 0 or 1 is wanted"),
         ({"prompt": "a", "response": "b", "label": math.nan}, "label nan: 0 or 1"),

@@ -1,4 +1,3 @@
-import math
 
 import pytest
 
@@ -8,11 +7,11 @@ from tasks.run.curve import Curve, plot
 
 def test_the_file_holds_every_bit_in_a_fixed_order(tmp_path):
     curve = Curve(["score", "kl_nats"])
-    curve.add(20, kl_nats=1e-300, score=math.nan)
+    curve.add(20, kl_nats=1e-300, score=-0.0)
     curve.add(10, kl_nats=0.1 + 0.2, score=1)
     curve.add(30, score=-2.5)
     path = curve.write(tmp_path / "artifacts/ppo/curve.csv")
-    assert path.read_text() == "step,score,kl_nats\n10,1.0,0.30000000000000004\n20,nan,1e-300\n30,-2.5,\n"
+    assert path.read_text() == "step,score,kl_nats\n10,1.0,0.30000000000000004\n20,-0.0,1e-300\n30,-2.5,\n"
 
 
 def test_a_step_that_is_logged_again_has_one_row():
@@ -59,3 +58,15 @@ def test_the_same_curve_draws_the_same_picture(tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
     assert draw("b.png", 1.0) == picture and draw("c.png", 2.0) != picture
     assert b"Software" not in picture and b"tIME" not in picture
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_named_and_the_file_stays(tmp_path, bad):
+    curve = Curve(["loss", "accuracy"])
+    curve.add(3, loss=1.0)
+    path = curve.write(tmp_path / "curve.csv")
+    before = path.read_text()
+    curve.add(7, accuracy=bad)
+    with pytest.raises(ValueError, match=rf"curve\.csv, step 7: accuracy is {bad}$"):
+        curve.write(path)
+    assert path.read_text() == before

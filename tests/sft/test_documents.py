@@ -39,7 +39,8 @@ def reader(**keys) -> Reader:
 def test_a_text_ends_with_eos_once():
     ids = tiny.tokenizer()("It is 3.")["input_ids"]
     assert read_document({"text": "It is 3."}, tiny.tokenizer()) == Document((*ids, tiny.EOS), 0)
-    assert read_document({"text": "It is 3.<|eos|>"}, tiny.tokenizer()) == Document((*ids, tiny.EOS), 0)
+    spelled = read_document({"text": "It is 3.<|eos|>"}, tiny.tokenizer()).tokens
+    assert spelled[: len(ids)] == tuple(ids) and spelled.count(tiny.EOS) == 1, "a text's letters end nothing"
 
 
 def test_the_completion_begins_where_the_prompt_ends():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 
-from tasks.run.monitor.text import distinct, has_code_fence, repetition
+from tasks.run.monitor.text import distinct, has_code_fence, has_ended, repetition
 
 Array = np.ndarray
 
@@ -42,7 +42,7 @@ class Look:
         cls,
         tokens: Sequence[Sequence[int]],
         texts: Sequence[str],
-        eos_id: int,
+        eos_id: int | Collection[int],
         each: int,
         *,
         proxy: Sequence[float],
@@ -55,7 +55,7 @@ class Look:
         Args:
             tokens: eos included where there is one.
             texts: of the responses.
-            eos_id: the end.
+            eos_id: the end; of several each is one.
             each: K.
             proxy: [P·K].
             kl_nats: [P·K], per response.
@@ -70,7 +70,7 @@ class Look:
             proxy=by_prompt(proxy),
             kl_nats=by_prompt(kl_nats),
             tokens=by_prompt([len(r) for r in tokens]),
-            eos_rate=by_prompt([len(r) > 0 and r[-1] == eos_id for r in tokens]),
+            eos_rate=by_prompt([has_ended(r, eos_id) for r in tokens]),
             repetition_3=by_prompt([repetition(r) for r in tokens]),
             code_fence_rate=by_prompt([has_code_fence(text) for text in texts]),
             entropy_nats=by_prompt(entropy_nats),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 FENCE = "```"
 
@@ -25,6 +25,11 @@ def repetition(response: Sequence[int], n: int = 3) -> float:
 def has_code_fence(text: str) -> bool:
     """Whether a fence of three backticks is in it: what StackLLaMA's policy found out to be liked."""
     return FENCE in text
+
+
+def has_ended(tokens: Sequence[int], eos_id: int | Collection[int]) -> bool:
+    """Whether a response ends with eos, or with one of several."""
+    return len(tokens) > 0 and tokens[-1] in ((eos_id,) if isinstance(eos_id, int) else eos_id)
 
 
 def _grams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
