@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from params.schema import PPOConfig
 from tasks.lm.checkpointing import recompute_blocks
-from tasks.lm.forest import serve_forest, unwrapped
+from tasks.lm.forest import serve_forest
 from tasks.lm.freezing import blocks_of, freeze_layers
 from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
 from tasks.lm.masked import alone, whiten
@@ -25,25 +24,27 @@ from tasks.lm.reference import create_reference_model
 from tasks.lm.room import Room, speaking_room
 from tasks.lm.seq2seq import is_seq2seq, warn_of_start
 from tasks.lm.sequences import lay_out, read_responses
-from tasks.lm.switching import at_work, learnt, load_learnt, reference_adapters
+from tasks.lm.switching import at_work, reference_adapters
 from tasks.lm.trunk import Hydra
 from tasks.lm.value_head import ModelWithValueHead
 from tasks.ppo.advantages import gae
 from tasks.ppo.asking import Asked, asked_of
 from tasks.ppo.batch import Batch, check_batch, check_tokens
+from tasks.ppo.checks import causal_of, check_models, check_own_optimizer, vocabulary_of
 from tasks.ppo.guard import SpikeGuard
+from tasks.ppo.keeping import Kept
 from tasks.ppo.losses import policy_loss, ratio_of, value_loss
 from tasks.ppo.rewards import KLController, RunningMoments, kl_estimate, token_rewards
 from tasks.ppo.rollout import Rollout, observe
 from tasks.ppo.statistics import OF_TOKENS, Passes, moments_of, rollout_statistics, token_sums
 from tasks.run.devices import derive_seed
-from tasks.run.tracking import check_tracker, track
+from tasks.run.tracking import check_tracker
 
 MOST_RETURNS = 8  # to earlier weights, before the training is given up
 _log = logging.getLogger(__name__)
 
 
-class PPOTrainer:
+class PPOTrainer(Kept):
     """Proximal policy optimisation against scores from anywhere.
 
     One optimizer step takes `mini_batch_size × gradient_accumulation_steps` responses over all processes and
@@ -98,8 +99,8 @@ class PPOTrainer:
             raise ValueError(f"config must be a PPOConfig, not {type(config).__name__}")
         if microbatch_rows < 1:
             raise ValueError(f"microbatch_rows is {microbatch_rows}; a forward takes at least one row")
-        _check_models(model, ref_model, tokenizer)
-        _check_optimizer(optimizer, model)
+        check_models(model, ref_model, tokenizer)
+        check_own_optimizer(optimizer, model)
         check_tracker(config.log_with)
         check_optimizer(config.optimizer, "ppo.optimizer")
         if config.lora_rank and not model.is_peft_model:
@@ -121,11 +122,11 @@ class PPOTrainer:
         self.ref_model = self._reference_of(ref_model, num_shared_layers)
         for served in (self.model, self.ref_model):
             if served is not None:
-                serve_forest(_causal(served))
+                serve_forest(causal_of(served))
         branch = self.model.v_head.branch
         self.hydra = Hydra.of(
-            _causal(self.model),
-            None if self.ref_model is None else _causal(self.ref_model),
+            causal_of(self.model),
+            None if self.ref_model is None else causal_of(self.ref_model),
             0 if branch is None else len(branch.blocks),
             trunk_megabytes * 2**20,
         )
@@ -166,7 +167,7 @@ class PPOTrainer:
         """
         asked = asked or self._asked({}, len(prompts))
         return generate(
-            _causal(self.model) if model is None else model,
+            causal_of(self.model) if model is None else model,
             prompts,
             max_tokens=asked.max_tokens,
             eos_id=asked.eos_id,
@@ -237,7 +238,7 @@ class PPOTrainer:
 
     def _generated(self, prompts, seeds, rows, model, asked: Asked, return_prompt: bool) -> list[Tensor]:
         responses = self.sample(prompts, seeds, rows, model, asked).lists()
-        with_prompt = return_prompt and not is_seq2seq(_causal(self.model))
+        with_prompt = return_prompt and not is_seq2seq(causal_of(self.model))
         whole = [p + r if with_prompt else r for p, r in zip(prompts, responses, strict=True)]
         return [torch.tensor(ids, dtype=torch.long, device=self.device) for ids in whole]
 
@@ -264,7 +265,7 @@ class PPOTrainer:
     def reference(self) -> Iterator[nn.Module]:
         """The causal model that KL is measured to: `ref_model`, or the policy's base under `ref_adapters`."""
         if self.ref_model is not None:
-            yield _causal(self.ref_model)
+            yield causal_of(self.ref_model)
         else:
             with at_work(self.model.pretrained_model, self.ref_adapters) as causal:
                 yield causal
@@ -298,7 +299,7 @@ class PPOTrainer:
         batch = check_batch(
             queries, responses, scores, response_masks, self.batch_rows, self.vocabulary(), room
         )
-        warn_of_start(_causal(self.model), batch.responses)
+        warn_of_start(causal_of(self.model), batch.responses)
         seen = self.observe(batch.queries, batch.responses, batch.is_action)
         clock.lap("forward_pass")
         paid, price = self.shape(batch), self.kl_ctl.value
@@ -465,11 +466,11 @@ class PPOTrainer:
 
     def vocabulary(self) -> int:
         """Tokens the model can say."""
-        return _vocabulary_of(self.model)
+        return vocabulary_of(self.model)
 
     def room(self) -> Room:
         """For a prompt and its response."""
-        return speaking_room(_causal(self.model))
+        return speaking_room(causal_of(self.model))
 
     def mean(self, values: Sequence[float]) -> float:
         """Mean over all processes."""
@@ -477,81 +478,13 @@ class PPOTrainer:
         total, count = self._total(summed).tolist()
         return total / max(count, 1)
 
-    # ---- the whole loop, what is kept, and what is told
+    # ---- the whole loop
 
     def train(self, prompts: Sequence, reward_fn: Callable, **keys: Any):
         """`config.updates` rollouts and updates; see :func:`tasks.ppo.loop.train`."""
         from tasks.ppo.loop import train
 
         return train(self, prompts, reward_fn, **keys)
-
-    def log_stats(
-        self,
-        stats: dict[str, Any],
-        batch: dict[str, Any],
-        rewards: Sequence[Tensor] | Tensor,
-        columns_to_log: Sequence[str] = ("query", "response"),
-    ) -> None:
-        """Write a step's statistics to `config.log_with`; scalars, and with wandb the texts in `batch`.
-
-        Raises:
-            ValueError: a column that `batch` does not have.
-        """
-        if missing := [name for name in columns_to_log if name not in batch]:
-            raise ValueError(f"columns_to_log: the batch has no {missing[0]}; it has {', '.join(batch)}")
-        scores = torch.stack([torch.as_tensor(r).float().reshape(-1).sum() for r in rewards]).to(self.device)
-        scores = self.accelerator.gather(scores)
-        if self.accelerator.is_main_process and self.config.log_with:
-            found = {k: float(v) for k, v in stats.items() if isinstance(v, int | float)}
-            found |= {
-                "env/reward_mean": scores.mean().item(),
-                "env/reward_std": scores.std(correction=0).item(),
-            }
-            rows = zip(*(batch[name] for name in columns_to_log), scores.tolist(), strict=False)
-            track(self.config.log_with, found, self.updates, [*columns_to_log, "reward"], list(rows))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """The model, with its value head in a file of its own, and the tokenizer; from one process."""
-        if self.accelerator.is_main_process:
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-
-    def push_to_hub(self, repo_id: str, **keys: Any) -> Any:
-        """Model and tokenizer to the Hub; `keys` as of the model's `push_to_hub`."""
-        if self.accelerator.is_main_process:
-            self.tokenizer.push_to_hub(repo_id, **keys)
-            return self.model.push_to_hub(repo_id, **keys)
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on; of a model under an adapter, what is not the base's."""
-        scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
-        return {
-            "model": learnt(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": scheduler,
-            "kl_coef": self.kl_ctl.value,
-            "running": self.running.state_dict(),
-            "guard": self.guard.state_dict(),
-            "updates": self.updates,
-            "draws": self.draws,
-            "returns": self.returns,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`.
-
-        Raises:
-            ValueError: it is of another model; nothing has moved.
-        """
-        load_learnt(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["scheduler"])
-        self.running.load_state_dict(state["running"])
-        self.guard.load_state_dict(state["guard"])
-        self.kl_ctl.value = state["kl_coef"]
-        self.updates, self.draws, self.returns = state["updates"], state["draws"], state["returns"]
 
     # ---- small things
 
@@ -577,7 +510,7 @@ class PPOTrainer:
 
     def _reference_of(self, ref_model, num_shared_layers: int | None):
         """The reference; layers that stay what they are get frozen in the policy."""
-        causal, unfrozen = _causal(self.model), self.config.num_layers_unfrozen
+        causal, unfrozen = causal_of(self.model), self.config.num_layers_unfrozen
         if unfrozen is not None and num_shared_layers is None:
             num_shared_layers = len(blocks_of(causal)) - unfrozen
             if num_shared_layers < 0:
@@ -616,46 +549,3 @@ class _Clock:
 
     def statistics(self) -> dict[str, float]:
         return self.laps | {"time/ppo/total": self.last - self.start}
-
-
-def _causal(model: nn.Module) -> nn.Module:
-    """The language model of one with a value head; another one as it is."""
-    return getattr(model, "pretrained_model", model)
-
-
-def _vocabulary_of(model: nn.Module) -> int:
-    return unwrapped(_causal(model)).get_output_embeddings().weight.shape[0]
-
-
-def _check_models(model, ref_model, tokenizer) -> None:
-    if not isinstance(model, ModelWithValueHead):
-        raise ValueError(
-            "model must be an AutoModelForCausalLMWithValueHead or AutoModelForSeq2SeqLMWithValueHead, not "
-            f"{type(model).__name__}"
-        )
-    for name in ("eos_token_id", "pad_token_id"):
-        if getattr(tokenizer, name, None) is None:
-            raise ValueError(f"tokenizer: it has no {name}")
-    if ref_model is None:
-        return
-    other = unwrapped(_causal(ref_model)) if isinstance(ref_model, nn.Module) else None
-    if getattr(other, "get_output_embeddings", lambda: None)() is None:
-        raise ValueError(f"ref_model must be a language model, not {type(ref_model).__name__}")
-    if _causal(ref_model) is _causal(model):
-        raise ValueError("ref_model is the model itself, which would move with it; leave it out for a copy")
-    names = [type(unwrapped(_causal(each))).__name__ for each in (model, ref_model)]
-    if is_seq2seq(_causal(model)) != is_seq2seq(_causal(ref_model)):
-        raise ValueError(f"ref_model is a {names[1]}, the model a {names[0]}; one of both has an encoder")
-    own, other = _vocabulary_of(model), _vocabulary_of(ref_model)
-    if own != other:
-        raise ValueError(f"ref_model has a vocabulary of {other} tokens, the model one of {own}")
-
-
-def _check_optimizer(optimizer, model: nn.Module) -> None:
-    """One that moves another model would let this one stand still, and say nothing."""
-    if optimizer is None:
-        return
-    held = [p for group in getattr(optimizer, "param_groups", []) for p in group["params"]]
-    own = set(map(id, model.parameters()))
-    if not any(id(p) in own for p in held):
-        raise ValueError("optimizer holds none of the model's parameters; nothing would be learnt")

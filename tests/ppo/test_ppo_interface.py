@@ -420,7 +420,7 @@ def test_the_configuration_takes_what_trls_users_write():
 
 def test_statistics_go_to_the_tracker_of_the_configuration(monkeypatch):
     told = []
-    monkeypatch.setattr("tasks.ppo.trainer.track", lambda *given: told.append(given))
+    monkeypatch.setattr("tasks.ppo.keeping.track", lambda *given: told.append(given))
     made = trainer(log_with="mlflow")
     stats = made.step(*batch())
     made.log_stats(
