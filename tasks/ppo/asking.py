@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from params.schema import PPOConfig
+from tasks.ppo.config import PPOConfig
 
 IGNORED = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0, "use_cache": True,
            "typical_p": 1.0, "remove_padding": True, "pad_to_multiple_of": None, "pad_token_id": ...,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from tasks.lm.forest import unwrapped
@@ -60,3 +61,29 @@ def check_own_optimizer(optimizer, model: nn.Module) -> None:
     own = set(map(id, model.parameters()))
     if not any(id(p) in own for p in held):
         raise ValueError("optimizer holds none of the model's parameters; nothing would be learnt")
+
+
+def check_lr_scheduler(scheduler) -> None:
+    """Refuse what no step could move.
+
+    Raises:
+        ValueError: it is no learning rate scheduler of torch.
+    """
+    if scheduler is not None and not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+        name = type(scheduler).__name__
+        raise ValueError(f"lr_scheduler must be one of torch.optim.lr_scheduler, not {name}")
+
+
+def check_value_layers(asked: int, model: ModelWithValueHead) -> None:
+    """Refuse a number of value blocks that the model's head was not made with; 0 asks for nothing.
+
+    Raises:
+        ValueError: the two numbers.
+    """
+    branch = model.v_head.branch
+    there = 0 if branch is None else len(branch.blocks)
+    if asked not in (0, there):
+        raise ValueError(
+            f"ppo.num_value_layers_unfrozen is {asked}, but the model's value head has {there} blocks of its "
+            f"own; load it with num_value_layers_unfrozen={asked}"
+        )

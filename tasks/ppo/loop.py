@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from params.schema import PPOConfig
 from tasks.lm.generation import Responses, row_seeds
 from tasks.lm.switching import learnt, load_learnt
 from tasks.ppo.batch import check_tokens
+from tasks.ppo.config import PPOConfig
 from tasks.ppo.looks import HELD_OUT, OF_JUDGE, Looks
 from tasks.ppo.preflight import preflight
 from tasks.ppo.reward_functions import RewardFunction, scores_of, texts_of
@@ -49,7 +49,7 @@ def train(
     decode_rows: int = 512,
     on_update: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> Curve:
-    """`trainer.config.updates` rollouts and updates.
+    """`trainer.config.total_ppo_epochs` rollouts and updates.
 
     Args:
         trainer: trained in place; in the end it holds the weights that `select` names.
@@ -170,7 +170,7 @@ class Loop:
         if folder:
             trainer.restore = lambda: self.load_state_dict(checkpoint.latest(folder).state)
         try:
-            while trainer.updates < self.config.updates:
+            while trainer.updates < self.config.total_ppo_epochs:
                 stats = self.update()
                 if on_update is not None:
                     on_update(trainer.updates, stats)
@@ -198,7 +198,7 @@ class Loop:
         if trainer.updates != number + 1:
             return stats  # earlier weights returned, and their curve with them
         self.curve.add(number + 1, **{name: stats[key] for name, key in COLUMNS.items()})
-        if (number + 1) % config.eval_updates == 0 or number + 1 == config.updates:
+        if (number + 1) % config.eval_updates == 0 or number + 1 == config.total_ppo_epochs:
             stats |= self._look_at_held_out(number + 1)
         return stats
 

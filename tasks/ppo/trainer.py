@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from params.schema import PPOConfig
 from tasks.lm.checkpointing import recompute_blocks
 from tasks.lm.forest import serve_forest
 from tasks.lm.freezing import blocks_of, freeze_layers
 from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
-from tasks.lm.masked import alone, whiten
+from tasks.lm.masked import alone, masked_mean
 from tasks.lm.optimizer import check_optimizer, make_optimizer
 from tasks.lm.precision import autocast
 from tasks.lm.reference import create_reference_model
@@ -27,24 +27,46 @@ from tasks.lm.sequences import lay_out, read_responses
 from tasks.lm.switching import at_work, reference_adapters
 from tasks.lm.trunk import Hydra
 from tasks.lm.value_head import ModelWithValueHead
-from tasks.ppo.advantages import gae
 from tasks.ppo.asking import Asked, asked_of
 from tasks.ppo.batch import Batch, check_batch, check_tokens
-from tasks.ppo.checks import causal_of, check_models, check_own_optimizer, vocabulary_of
+from tasks.ppo.checks import (
+    causal_of,
+    check_lr_scheduler,
+    check_models,
+    check_own_optimizer,
+    check_value_layers,
+    vocabulary_of,
+)
+from tasks.ppo.config import PPOConfig
 from tasks.ppo.guard import SpikeGuard
 from tasks.ppo.keeping import Kept
 from tasks.ppo.losses import policy_loss, ratio_of, value_loss
-from tasks.ppo.rewards import KLController, RunningMoments, kl_estimate, token_rewards
+from tasks.ppo.rewards import AdaptiveKLController, FixedKLController, RunningMoments, kl_estimate
 from tasks.ppo.rollout import Rollout, observe
 from tasks.ppo.statistics import OF_TOKENS, Passes, moments_of, rollout_statistics, token_sums
+from tasks.ppo.trackers import make_accelerator, start_trackers
+from tasks.ppo.trl_calls import TRLCalls
 from tasks.run.devices import derive_seed
-from tasks.run.tracking import check_tracker
 
+AT_START = {  # settings that are followed once, and what to write later instead
+    "learning_rate": "the rates in trainer.optimizer.param_groups", "init_kl_coef": "trainer.kl_ctl.value",
+    "seed": "trainer.seed", "adap_kl_ctrl": "trainer.kl_ctl", "target": "trainer.kl_ctl.target",
+    "horizon": "trainer.kl_ctl.horizon", "ratio_threshold": "trainer.guard.ratio_threshold",
+    "spike_factor": "trainer.guard.spike_factor", "max_skipped_steps": "trainer.guard.patience",
+    **dict.fromkeys(
+        (
+            "log_with", "optimizer", "adam_beta2", "weight_decay", "num_layers_unfrozen",
+            "num_value_layers_unfrozen", "tracker_kwargs", "accelerator_kwargs", "project_kwargs",
+            "tracker_project_name", "push_to_hub_if_best_kwargs", "remove_unused_columns",
+        ),
+        "",
+    ),
+}  # fmt: skip
 MOST_RETURNS = 8  # to earlier weights, before the training is given up
 _log = logging.getLogger(__name__)
 
 
-class PPOTrainer(Kept):
+class PPOTrainer(Kept, TRLCalls):
     """Proximal policy optimisation against scores from anywhere.
 
     One optimizer step takes `mini_batch_size × gradient_accumulation_steps` responses over all processes and
@@ -64,7 +86,8 @@ class PPOTrainer(Kept):
         num_shared_layers: without a `ref_model`: first layers that are frozen and that it shares in memory;
             `config.num_layers_unfrozen` counts from the other end.
         lr_scheduler: of `optimizer`, moved once per step.
-        seed: of sampling and minibatches where the configuration has none.
+        training_data_collator: TRL's, which pads rollouts; refused, for nothing is padded here.
+        seed: of sampling and minibatches; None: `config.seed`.
         device: for the models; None: what accelerate chooses.
         microbatch_rows: most rows in one forward; caps memory, changes nothing else.
         trunk_megabytes: most memory for what frozen first layers make of a rollout (H numbers for each
@@ -88,8 +111,9 @@ class PPOTrainer(Kept):
         data_collator: Callable | None = None,
         num_shared_layers: int | None = None,
         lr_scheduler: Any = None,
+        training_data_collator: None = None,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         device: torch.device | str | None = None,
         microbatch_rows: int = 64,
         trunk_megabytes: int = 2048,
@@ -101,21 +125,14 @@ class PPOTrainer(Kept):
             raise ValueError(f"microbatch_rows is {microbatch_rows}; a forward takes at least one row")
         check_models(model, ref_model, tokenizer)
         check_own_optimizer(optimizer, model)
-        check_tracker(config.log_with)
+        check_lr_scheduler(lr_scheduler)
         check_optimizer(config.optimizer, "ppo.optimizer")
-        if config.lora_rank and not model.is_peft_model:
-            raise ValueError(
-                f"ppo.lora_rank is {config.lora_rank}, but the model has no adapter; put one on "
-                "(from_pretrained with peft_config), or leave ppo.lora_rank at 0"
-            )
-        self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
-        processes = self.accelerator.num_processes
-        for name in ("batch_size", "mini_batch_size"):
-            if getattr(config, name) % processes:
-                raise ValueError(
-                    f"ppo.{name} ({getattr(config, name)}) is not a multiple of {processes} processes"
-                )
-        self.batch_rows, self.mini_rows = config.batch_size // processes, config.mini_batch_size // processes
+        if training_data_collator is not None:
+            raise ValueError("training_data_collator: a step pads no responses; nothing is collated")
+        config.check()
+        check_value_layers(config.num_value_layers_unfrozen, model)
+        self.accelerator = make_accelerator(config, device is not None and torch.device(device).type == "cpu")
+        self._check_processes()
         self.device = torch.device(device) if device is not None else self.accelerator.device
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
         self.ref_adapters: list[str] = []  # at work in the reference, where there is no ref_model
@@ -130,10 +147,12 @@ class PPOTrainer(Kept):
             0 if branch is None else len(branch.blocks),
             trunk_megabytes * 2**20,
         )
-        self.seed = config.seed if config.seed is not None else seed
+        self.seed = config.seed if seed is None else seed
         self.microbatch_rows, self.updates, self.draws, self.returns = microbatch_rows, 0, 0, 0
-        self.kl_ctl = KLController(
-            config.init_kl_coef, config.target if config.adap_kl_ctrl else None, config.horizon
+        self.kl_ctl = (
+            AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+            if config.adap_kl_ctrl
+            else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments(self._total)
         self.guard = SpikeGuard(config.ratio_threshold, config.spike_factor, config.max_skipped_steps)
@@ -143,8 +162,36 @@ class PPOTrainer(Kept):
             self.model, config.optimizer, config.learning_rate, config.weight_decay,
             betas=(0.9, config.adam_beta2), key="ppo.optimizer",
         )  # fmt: skip
+        self.optimizer.optimizer = self.optimizer  # what accelerate's wrapper, which TRL has here, calls it
         self.lr_scheduler, self.dataset = lr_scheduler, dataset
-        self.dataloader = None if dataset is None else self._load(dataset, data_collator)
+        self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
+        self.push_to_hub_kwargs = config.push_to_hub_if_best_kwargs
+        if self.push_to_hub_kwargs and "repo_id" not in self.push_to_hub_kwargs:
+            raise ValueError("ppo.push_to_hub_if_best_kwargs: it has no repo_id to push to")
+        self.compare_step, self.highest_reward = 0, torch.tensor(-torch.inf, dtype=torch.float64)
+        config.world_size, config.is_peft_model = self.accelerator.num_processes, self.model.is_peft_model
+        config.is_encoder_decoder = is_seq2seq(causal_of(self.model))
+        self._started_with = {name: getattr(config, name) for name in AT_START}
+        start_trackers(self.accelerator, config)
+
+    def _check_config(self) -> None:
+        """Refuse what was written into the configuration since, where it cannot be followed.
+
+        Raises:
+            ValueError: one line that names the key.
+        """
+        self.config.check()
+        for name, value in self._started_with.items():
+            if (now := getattr(self.config, name)) != value:
+                hint = f"; write {AT_START[name]}" if AT_START[name] else ""
+                raise ValueError(f"ppo.{name} is {now!r:.40}, the trainer was made with {value!r:.40}{hint}")
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        processes = self.accelerator.num_processes
+        for name in ("batch_size", "mini_batch_size"):
+            if (size := getattr(self.config, name)) % processes:
+                raise ValueError(f"ppo.{name} ({size}) is not a multiple of {processes} processes")
 
     # ---- rollouts
 
@@ -295,27 +342,27 @@ class PPOTrainer(Kept):
             ValueError: as :func:`tasks.ppo.batch.check_batch`; nothing has moved.
         """
         clock = _Clock()
-        room = self.room()
-        batch = check_batch(
-            queries, responses, scores, response_masks, self.batch_rows, self.vocabulary(), room
-        )
+        self._check_config()
+        given = self._step_safety_checker(self.batch_rows, queries, responses, scores, response_masks)
+        batch = check_batch(*given, self.batch_rows, self.vocabulary(), self.room())
         warn_of_start(causal_of(self.model), batch.responses)
         seen = self.observe(batch.queries, batch.responses, batch.is_action)
         clock.lap("forward_pass")
         paid, price = self.shape(batch), self.kl_ctl.value
-        in_reward = price if self.config.kl_in == "reward" else 0.0
-        rewards = token_rewards(paid, seen.kl, seen.is_action, in_reward)
+        full = {"kl": seen.kl} if self.config.kl_penalty == "full" else {}
+        rewards, of_kl, kl = self.compute_rewards(
+            paid, seen.logprobs, seen.ref_logprobs, seen.is_action, **full
+        )
         clock.lap("compute_rewards")
-        if self.config.whiten_rewards:
-            rewards = whiten(rewards, seen.is_action, self._total, shift_mean=False)
-        advantages, returns = gae(rewards, seen.values, seen.is_action, self.config.gamma, self.config.lam)
-        advantages = whiten(advantages, seen.is_action, self._total)
+        values, advantages, returns = self.compute_advantages(seen.values, rewards, seen.is_action)
+        seen = replace(seen, kl=kl, values=values)
         clock.lap("compute_advantages")
         passes = self._improve(seen, advantages, returns)
         clock.lap("optimize_step")
         each = torch.stack([s.sum() for s in paid]) if isinstance(paid, list) else paid
         stats = rollout_statistics(seen, each, price, batch.queries, self._total) | passes.statistics()
         stats |= {
+            "ppo/mean_non_score_reward": masked_mean(of_kl, seen.is_action, self._total).item(),
             "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
             "ppo/steps_skipped": self.guard.skipped,
         }
@@ -325,6 +372,9 @@ class PPOTrainer(Kept):
         self.updates += 1
         if self.guard.is_lost:
             self._return()
+        self._push_if_best(each)
+        if self.config.optimize_device_cache and self.device.type == "cuda":
+            torch.cuda.empty_cache()
         clock.lap("calc_stats")
         return stats | clock.statistics()
 
@@ -370,7 +420,7 @@ class PPOTrainer(Kept):
                 if self.guard.is_lost:
                     return passes
             moved = passes.rows[-1]["policy/policykl"] if passes.rows else 0.0
-            if config.early_stopping and abs(moved) > 1.5 * config.target_kl:
+            if self._early_stop(moved):
                 break
         return passes
 
@@ -428,6 +478,7 @@ class PPOTrainer(Kept):
                 if config.kl_in == "loss":
                     kl_loss = self.kl_ctl.value * kl_estimate(logprobs - seen.ref_logprobs, config.kl_penalty)
                 loss = loss + policy + kl_loss
+            loss = self.token_loss(loss, logprobs, entropy, values, seen, advantages, returns)
             (loss.masked_fill(~mask, 0).sum() / count).backward()
         moved = (logprobs - seen.logprobs).detach()
         passes.ratios.append(ratio.detach()[mask])
@@ -460,6 +511,16 @@ class PPOTrainer(Kept):
     # ---- facts
 
     @property
+    def batch_rows(self) -> int:
+        """Responses of a rollout, of this process."""
+        return self.config.batch_size // self.accelerator.num_processes
+
+    @property
+    def mini_rows(self) -> int:
+        """Responses of a minibatch, of this process."""
+        return self.config.mini_batch_size // self.accelerator.num_processes
+
+    @property
     def rank(self) -> int:
         """Of this process."""
         return self.accelerator.process_index
@@ -481,7 +542,7 @@ class PPOTrainer(Kept):
     # ---- the whole loop
 
     def train(self, prompts: Sequence, reward_fn: Callable, **keys: Any):
-        """`config.updates` rollouts and updates; see :func:`tasks.ppo.loop.train`."""
+        """`config.total_ppo_epochs` rollouts and updates; see :func:`tasks.ppo.loop.train`."""
         from tasks.ppo.loop import train
 
         return train(self, prompts, reward_fn, **keys)
@@ -528,12 +589,26 @@ class PPOTrainer(Kept):
             return None
         return create_reference_model(self.model, num_shared_layers)
 
-    def _load(self, dataset, collate):
+    def prepare_dataloader(self, dataset: Any, data_collator: Callable | None = None):
+        """Batches of `batch_size` over all processes, shuffled by the seed, without a remainder.
+
+        Args:
+            dataset: rows; of one of datasets' columns go as `remove_unused_columns` says.
+            data_collator: makes a batch of a list of rows; None: torch's.
+        """
         draw = torch.Generator().manual_seed(derive_seed(self.seed, "ppo", "dataset"))
+        rows = self._remove_unused_columns(dataset) if hasattr(dataset, "remove_columns") else dataset
         loader = torch.utils.data.DataLoader(
-            dataset, self.batch_rows, shuffle=True, drop_last=True, collate_fn=collate, generator=draw
+            rows, self.batch_rows, shuffle=True, drop_last=True, collate_fn=data_collator, generator=draw
         )
         return self.accelerator.prepare(loader)
+
+    def _remove_unused_columns(self, dataset: Any) -> Any:
+        """Without the columns that are no argument of the model and none of label, query and response."""
+        if not self.config.remove_unused_columns:
+            return dataset
+        kept = {*inspect.signature(self.model.forward).parameters, "label", "query", "response"}
+        return dataset.remove_columns([name for name in dataset.column_names if name not in kept])
 
 
 class _Clock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from params.schema import PPOConfig
+from tasks.ppo import PPOConfig
 from tasks.ppo.asking import Asked, asked_of
 
 CONFIG = PPOConfig(response_tokens=6, temperature=0.7)

@@ -14,10 +14,9 @@ from made_trainers import batch, first_gradients, is_still, trainer, weights
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from params.schema import PPOConfig
 from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.lm.generation import row_seeds
-from tasks.ppo import LengthSampler, PPOTrainer
+from tasks.ppo import LengthSampler, PPOConfig, PPOTrainer
 
 QUICKSTART = """
 # 0. imports
