@@ -22,6 +22,7 @@ from tasks.lm.prepack import prepacked
 from tasks.lm.products import default_products
 from tasks.lm.room import Room, speaking_room
 from tasks.lm.seq2seq import check_speaker
+from tasks.lm.steering import Steering
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16}
 FEW = 0.75  # when no more of the rows than this are left, the others leave the batch
@@ -64,7 +65,7 @@ def draw_uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
 class Draw:
     """How a token is drawn from logits; see :func:`generate`."""
 
-    eos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -73,8 +74,8 @@ class Draw:
     def __call__(self, logits: Tensor, uniforms: Tensor | None, before: int) -> Tensor:
         """[B, V], [B] -> [B], after so many tokens of the response; None: the most probable token."""
         logits = logits.float()
-        if self.eos_id is not None and before < self.min_tokens:
-            logits = logits.index_fill(1, torch.tensor(self.eos_id, device=logits.device), -torch.inf)
+        if self.eos_ids and before < self.min_tokens:
+            logits = logits.index_fill(1, torch.tensor(self.eos_ids, device=logits.device), -torch.inf)
         if uniforms is None:
             return logits.argmax(-1)
         return sample(restrict(logits / self.temperature, self.top_k, self.top_p), uniforms)
@@ -86,7 +87,7 @@ def generate(
     prompts: Sequence[Sequence[int] | Tensor],
     *,
     max_tokens: int | Sequence[int],
-    eos_id: int | None,
+    eos_id: int | Sequence[int] | None,
     pad_id: int,
     uniforms: Tensor | None = None,
     temperature: float = 1.0,
@@ -95,6 +96,7 @@ def generate(
     min_tokens: int = 0,
     rows: int = 512,
     dtype: str = "float32",
+    steering: Steering | None = None,
 ) -> Responses:
     """Continue each prompt until eos or its most tokens; the eos belongs to the response.
 
@@ -104,7 +106,7 @@ def generate(
         model: a language model, causal or with an encoder, which reads the prompts then.
         prompts: B lists or vectors of token ids; equal ones are read once.
         max_tokens: most tokens of a response: of all, or of each row. R is the largest.
-        eos_id: ends a response; None: nothing does.
+        eos_id: ends a response, and so does each of several; None: nothing does.
         pad_id: fills up.
         uniforms: [B, ≥ R] from :func:`draw_uniforms`; None: greedy.
         temperature: the logits are divided by it.
@@ -113,6 +115,7 @@ def generate(
         min_tokens: eos has no probability before so many tokens.
         rows: most rows decoded side by side.
         dtype: `bfloat16`: matrix products as under autocast; `float32`: in the weights' own dtype.
+        steering: of these rows; None: the model's own logits, and no text ends a response.
 
     Returns:
         Responses [B, R], on the model's device.
@@ -129,7 +132,8 @@ def generate(
     width = max_tokens if isinstance(max_tokens, int) else max(limits, default=0)
     tokens = torch.full((len(prompts), width), pad_id, device=model.device)
     is_response = torch.zeros_like(tokens, dtype=torch.bool)
-    draw = Draw(eos_id, temperature, top_k, top_p, min_tokens)
+    eos_ids = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+    draw = Draw(eos_ids, temperature, top_k, top_p, min_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
     low = AUTOCAST[dtype]
     with torch.autocast(model.device.type, low, enabled=low is not None), prepared(model):
@@ -139,14 +143,25 @@ def generate(
                 noise = None if uniforms is None else uniforms[part].to(model.device)
                 most = torch.tensor([limits[i] for i in part], device=model.device)
                 decoder = decoder_of(model, [prompts[i] for i in part], int(most.max()), low)
-                found = _decode(decoder, most, draw, noise, pad_id)
+                found = _decode(decoder, most, draw, noise, pad_id, steering, part)
                 tokens[part, : found.tokens.shape[1]] = found.tokens
                 is_response[part, : found.tokens.shape[1]] = found.is_response
     return Responses(tokens, is_response)
 
 
-def _decode(decoder, limits: Tensor, draw: Draw, uniforms: Tensor | None, pad_id: int) -> Responses:
-    """All tokens of n rows that stand side by side, each until eos or its limit [n]."""
+def _decode(
+    decoder,
+    limits: Tensor,
+    draw: Draw,
+    uniforms: Tensor | None,
+    pad_id: int,
+    steering: Steering | None = None,
+    numbers: Sequence[int] = (),
+) -> Responses:
+    """All tokens of n rows that stand side by side, each until eos or its limit [n].
+
+    `numbers` are those that the rows have in `steering`.
+    """
     n, most = len(limits), int(limits.max())
     tokens = torch.full((n, most), pad_id, device=limits.device)
     is_response = torch.zeros_like(tokens, dtype=torch.bool)
@@ -154,12 +169,17 @@ def _decode(decoder, limits: Tensor, draw: Draw, uniforms: Tensor | None, pad_id
     logits = decoder.read()
     with default_products():
         for t in range(most):
+            if steering is not None:
+                own = [numbers[row] for row in rows.tolist()]
+                logits = steering.logits(own, tokens[rows, :t], logits)
             token = draw(logits, None if uniforms is None else uniforms[rows, t], t)
             tokens[rows, t] = torch.where(is_open, token, pad_id)
             is_response[rows, t] = is_open
             is_open &= limits[rows] > t + 1
-            if draw.eos_id is not None:
-                is_open &= token != draw.eos_id
+            for eos_id in draw.eos_ids:
+                is_open &= token != eos_id
+            if steering is not None:
+                is_open &= ~steering.ends(own, tokens[rows, : t + 1])
             left = int(is_open.sum())
             if not left:
                 break

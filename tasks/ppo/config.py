@@ -97,11 +97,12 @@ class PPOConfig:
         default_factory=dict, metadata=_says("for accelerate's Accelerator; JSON on a command line")
     )
     project_kwargs: dict | str | None = field(
-        default_factory=dict, metadata=_says("for accelerate's ProjectConfiguration, as logging_dir; JSON on a command line")
+        default_factory=dict,
+        metadata=_says("as logging_dir, of a ProjectConfiguration; JSON on a command line"),
     )
     tracker_project_name: str = field(default="trl", metadata=_says("project or experiment of the tracker"))
     push_to_hub_if_best_kwargs: dict | str | None = field(
-        default_factory=dict, metadata=_says("for push_to_hub, after each best mean score; JSON on a command line")
+        default_factory=dict, metadata=_says("of push_to_hub after a best score; JSON on a command line")
     )
     steps: int = field(default=20000, metadata=_says("responses of a whole run; see updates"))
     learning_rate: float = _shared("learning_rate")
@@ -171,7 +172,7 @@ class PPOConfig:
     kl_budget_nats: float = _shared("kl_budget_nats")
     eval_updates: int = _shared("eval_updates")
     monitor: dict | str | None = field(
-        default_factory=dict, metadata=_says("thresholds of the monitor that differ from its defaults; JSON on a command line")
+        default_factory=dict, metadata=_says("thresholds other than the defaults; JSON on a command line")
     )
     preflight: bool = _shared("preflight")
     dtype: Literal["float32", "bfloat16"] = _shared("dtype")

@@ -1,7 +1,7 @@
 """Where statistics go: accelerate's Accelerator and its trackers, made of PPOConfig as TRL makes them.
 
-Every tracker of accelerate is started with the trainer but MLflow's: statistics go to the run that is open, of
-a stage or of the script, and only where none is does accelerate open one, at the first `log_stats`.
+Every tracker of accelerate is started with the trainer but MLflow's: statistics go to the run that is open,
+of a stage or of the script, and only where none is does accelerate open one, at the first `log_stats`.
 """
 
 from __future__ import annotations

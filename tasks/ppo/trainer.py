@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from tasks.lm.checkpointing import recompute_blocks
 from tasks.lm.forest import serve_forest
@@ -22,8 +23,9 @@ from tasks.lm.optimizer import check_optimizer, make_optimizer
 from tasks.lm.precision import autocast
 from tasks.lm.reference import create_reference_model
 from tasks.lm.room import Room, speaking_room
-from tasks.lm.seq2seq import is_seq2seq, warn_of_start
+from tasks.lm.seq2seq import is_seq2seq, start_of, warn_of_start
 from tasks.lm.sequences import lay_out, read_responses
+from tasks.lm.steering import Steering
 from tasks.lm.switching import at_work, reference_adapters
 from tasks.lm.trunk import Hydra
 from tasks.lm.value_head import ModelWithValueHead
@@ -213,8 +215,12 @@ class PPOTrainer(Kept, TRLCalls):
             asked: lengths and the like; None: `response_tokens` tokens until eos.
         """
         asked = asked or self._asked({}, len(prompts))
+        speaker, steering = causal_of(self.model) if model is None else model, None
+        if asked.processors or asked.stop_strings:
+            before = [[start_of(speaker)]] * len(prompts) if is_seq2seq(speaker) else prompts
+            steering = Steering(before, asked.processors, asked.stop_strings, self.tokenizer)
         return generate(
-            causal_of(self.model) if model is None else model,
+            speaker,
             prompts,
             max_tokens=asked.max_tokens,
             eos_id=asked.eos_id,
@@ -226,6 +232,7 @@ class PPOTrainer(Kept, TRLCalls):
             min_tokens=asked.min_tokens,
             rows=rows,
             dtype=self.config.dtype,
+            steering=steering,
         )
 
     def generate(
@@ -245,13 +252,17 @@ class PPOTrainer(Kept, TRLCalls):
             batch_size: most rows sampled side by side; None: 512. It changes no response.
             return_prompt: whether the prompt stands before its response; never where an encoder reads it.
             generate_ref_response: the reference's responses as well, of the same random numbers.
-            generation_kwargs: as in transformers: `max_new_tokens`, `min_new_tokens`, `min_length`,
-                `do_sample` (True unless told otherwise), `temperature` (that of the configuration), `top_k`,
-                `top_p`, `eos_token_id` (−1: never), `pad_token_id`.
+            generation_kwargs: as in transformers (:mod:`tasks.ppo.asking`): `max_new_tokens`,
+                `min_new_tokens`, `do_sample` (True unless told otherwise), `temperature` (that of the
+                configuration), `top_k` (0 unless told otherwise), `top_p`, `eos_token_id` (one or
+                several; −1: never), `num_return_sequences`, `stop_strings`, `repetition_penalty`,
+                `no_repeat_ngram_size`, `bad_words_ids`, `logits_processor`, `generation_config`; any
+                other one at its default.
 
         Returns:
-            A list of tensors [tokens], cut behind the first eos of the response; a tensor [1, tokens] where
-            one prompt came. With `generate_ref_response` a pair of these.
+            A list of tensors [tokens], cut behind the first eos of the response, those to one prompt side by
+            side; a tensor [responses, tokens] where one prompt came. With `generate_ref_response` a pair of
+            these.
 
         Raises:
             ValueError: a 2-D tensor, an empty or too long prompt (names the row), or an argument that this
@@ -262,14 +273,14 @@ class PPOTrainer(Kept, TRLCalls):
         prompts = check_tokens("query_tensor", queries, self.vocabulary())
         if not prompts:
             raise ValueError("query_tensor is empty; generate needs at least one prompt")
-        lengths = None if length_sampler is None else [int(length_sampler()) for _ in prompts]
-        asked = self._asked(generation_kwargs, len(prompts), lengths)
-        room = self.room()
-        for i, (prompt, most) in enumerate(zip(prompts, asked.max_tokens, strict=True)):
+        self._check_config()
+        asked, room = self._asked(generation_kwargs, len(prompts), length_sampler), self.room()
+        prompts = [prompt for prompt in prompts for _ in range(asked.each)]
+        for row, (prompt, most) in enumerate(zip(prompts, asked.max_tokens, strict=True)):
             if not room.holds(len(prompt), most):
                 raise ValueError(
-                    f"query_tensor[{i}] has {len(prompt)} tokens and may get {most} more; the model has "
-                    f"room for {room}"
+                    f"query_tensor[{row // asked.each}] has {len(prompt)} tokens and may get {most} more; "
+                    f"the model has room for {room}"
                 )
         self.draws += 1
         seeds = row_seeds(derive_seed(self.seed, "ppo", f"generate/{self.rank}/{self.draws}"), len(prompts))
@@ -280,7 +291,8 @@ class PPOTrainer(Kept, TRLCalls):
                     self._generated(prompts, seeds, batch_size or 512, ref_model, asked, return_prompt)
                 )
         if is_one:
-            found = [rows[0][None] for rows in found]
+            pad = self.tokenizer.pad_token_id
+            found = [pad_sequence(rows, batch_first=True, padding_value=pad) for rows in found]
         return tuple(found) if generate_ref_response else found[0]
 
     def _generated(self, prompts, seeds, rows, model, asked: Asked, return_prompt: bool) -> list[Tensor]:
@@ -552,8 +564,9 @@ class PPOTrainer(Kept, TRLCalls):
     def _precision(self):
         return autocast(self.device, self.config.dtype)
 
-    def _asked(self, given: dict[str, Any], rows: int, lengths: Sequence[int] | None = None) -> Asked:
-        return asked_of(given, self.config, self.tokenizer.eos_token_id, self.vocabulary(), rows, lengths)
+    def _asked(self, given: dict[str, Any], rows: int, draw_length: Callable[[], int] | None = None) -> Asked:
+        eos_id = self.tokenizer.eos_token_id
+        return asked_of(given, self.config, eos_id, self.vocabulary(), rows, draw_length)
 
     def _total(self, values: Tensor) -> Tensor:
         """The sum over processes."""

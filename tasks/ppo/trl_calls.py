@@ -25,8 +25,8 @@ from tasks.ppo.rewards import kl_estimate, token_rewards
 from tasks.ppo.rollout import Rollout
 
 OF_THE_LOSS = (
-    "step never holds a batch's logits; override token_loss, which is given the loss, log-probability, entropy "
-    "and value of each token"
+    "step never holds a batch's logits; override token_loss, which is given the loss, log-probability, "
+    "entropy and value of each token"
 )
 OF_THE_FORWARD = "step reads responses without padding; override observe, which a rollout goes through"
 OF_THE_HUB = "of huggingface_hub's mixin; save_pretrained and push_to_hub are here"
