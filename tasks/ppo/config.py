@@ -224,7 +224,7 @@ class PPOConfig:
             near = get_close_matches(name, self.__dataclass_fields__, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             warnings.warn(f"PPOConfig has no field {name}: nothing here reads it{hint}", stacklevel=2)
-        self._set(name, value)
+        self._set(name, _plain(value))
         if name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps"):
             self._compute()
 

@@ -19,6 +19,7 @@ from tasks.ppo.reward_functions import RewardFunction, scores_of, texts_of
 from tasks.run import checkpoint
 from tasks.run.curve import Curve
 from tasks.run.devices import derive_seed
+from tasks.run.progress import Progress
 
 if TYPE_CHECKING:
     from tasks.ppo.trainer import PPOTrainer
@@ -48,6 +49,7 @@ def train(
     checkpoint_updates: int = 10,
     decode_rows: int = 512,
     on_update: Callable[[int, dict[str, Any]], None] | None = None,
+    show_progress: bool = True,
 ) -> Curve:
     """`trainer.config.total_ppo_epochs` rollouts and updates.
 
@@ -64,9 +66,10 @@ def train(
         checkpoint_updates: updates between two of them.
         decode_rows: most rows sampled side by side.
         on_update: told the number of each update and its statistics.
+        show_progress: a bar on a terminal, a line every few seconds elsewhere, on stderr.
 
     Returns:
-        A row of statistics per update.
+        A row of statistics per update; printed, what became of each.
 
     Raises:
         ValueError: no prompt, one that is empty or too long (names it), what `preflight` found, or what
@@ -84,9 +87,23 @@ def train(
         for name, given in (("prompts", prompts), ("held_out", held_out))
     ]
     loop = Loop(trainer, reward_fn, rows[0], rows[1] or rows[0][:64], decode_rows, judge)
+    if show_progress:
+        on_update = _shown(trainer, on_update)
     loop.run(Path(folder) if folder else None, checkpoint_updates, on_update)
     loop.select()
     return loop.curve
+
+
+def _shown(trainer: PPOTrainer, on_update: Callable | None) -> Callable[[int, dict[str, Any]], None]:
+    """`on_update`, with progress on stderr."""
+    progress = Progress("ppo", trainer.config.total_ppo_epochs, done=trainer.updates)
+
+    def told(update: int, stats: dict[str, Any]) -> None:
+        progress.update(update, stats["tokens"], score=stats["ppo/mean_scores"], kl=stats["objective/kl"])
+        if on_update is not None:
+            on_update(update, stats)
+
+    return told
 
 
 def _tokens(trainer: PPOTrainer, name: str, given: Sequence | None, is_text: bool) -> list[list[int]]:

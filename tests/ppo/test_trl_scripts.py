@@ -30,13 +30,15 @@ PEER = os.environ.get("STACKRL_PPO_PEER_PYTHON")
 SCRIPTS = Path(__file__).parent / "scripts"
 MOVES = {  # a name of TRL's -> where it is here
     "AutoModelForCausalLMWithValueHead": "tasks.lm", "AutoModelForSeq2SeqLMWithValueHead": "tasks.lm",
-    "PPOConfig": "tasks.ppo", "PPOTrainer": "tasks.ppo", "LengthSampler": "tasks.ppo", "set_seed": "tasks.ppo",
+    "PPOConfig": "tasks.ppo", "PPOTrainer": "tasks.ppo", "LengthSampler": "tasks.ppo",
+    "set_seed": "tasks.ppo",
 }  # fmt: skip
 TEXTS = [f"The film number {n} was {'good' if n % 2 else 'bad'}, I say" for n in range(10)]
 
 
 def rewritten(name: str) -> str:
     """A script with other imports."""
+
     def moved(line: re.Match) -> str:
         return "\n".join(f"from {MOVES[n.strip()]} import {n.strip()}" for n in line[1].split(","))
 
@@ -51,7 +53,9 @@ def saved(model, folder: Path, tokenizer) -> Path:
     tiny.save(model, folder, tokenizer)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("backend", "extra_special_tokens")}))
+    config |= {"model_input_names": ["input_ids", "attention_mask"]}
+    unknown = "backend", "extra_special_tokens"
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in unknown}))
     return folder
 
 
@@ -59,19 +63,22 @@ def saved(model, folder: Path, tokenizer) -> Path:
 def files(tmp_path_factory):
     root, known, encoded = tmp_path_factory.mktemp("scripts"), tiny.tokenizer(), tiny.encoder_tokenizer()
     keys = {"vocab_size": len(known), "max_position_embeddings": 128}
-    labels = {"num_labels": 2, "id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
+    names = {0: "NEGATIVE", 1: "POSITIVE"}
+    labels = {"num_labels": 2, "id2label": names, "label2id": {name: n for n, name in names.items()}}
     made = {
         "gpt2": (tiny.causal("gpt2", vocab_size=len(known), n_positions=128), known),
         "llama": (tiny.causal("llama", **keys), known),
         "t5": (model_of("t5", vocab_size=len(known)), known),
         "classifier": (
-            tiny.scorer("distilbert", vocab_size=len(encoded), **labels, max_position_embeddings=256), encoded,
+            tiny.scorer("distilbert", vocab_size=len(encoded), **labels, max_position_embeddings=256),
+            encoded,
         ),
         "reward": (tiny.scorer("llama", **keys, num_labels=1), known),
     }  # fmt: skip
     found = {name: saved(model, root / name, tokenizer) for name, (model, tokenizer) in made.items()}
     adapted.saved_scorer(root / "adapter", found["llama"], num_labels=2)
-    (root / "texts.jsonl").write_text("".join(json.dumps({"text": t, "question": t}) + "\n" for t in TEXTS))
+    lines = [json.dumps({"text": t, "question": t}) + "\n" for t in TEXTS]
+    (root / "texts.jsonl").write_text("".join(lines))
     return SimpleNamespace(root=root, texts=root / "texts.jsonl", adapter=root / "adapter", **found)
 
 
@@ -79,7 +86,14 @@ def arguments(name: str, files, result: Path) -> list[str]:
     """Of each script and case."""
     sentiment = ["--query_dataset", files.texts, "--reward_model", f"sentiment-analysis:{files.classifier}"]
     small = ["--batch_size", "4", "--mini_batch_size", "2", "--ppo_epochs", "2", "--learning_rate", "1e-3"]
-    stack = ["--model_name", files.llama, "--tokenizer_name", files.llama, "--reward_model_name", files.reward]
+    stack = [
+        "--model_name",
+        files.llama,
+        "--tokenizer_name",
+        files.llama,
+        "--reward_model_name",
+        files.reward,
+    ]
     stack += ["--questions", files.texts, "--output_dir", f"{result}/", "--save_freq", "1"]
     one_base = ["--model_name", files.llama, "--dataset_name", files.texts, "--rm_adapter", files.adapter]
     asked = {
@@ -104,7 +118,12 @@ CASES = [
 def test_a_script_of_trls_runs_with_other_imports(name, files, tmp_path, monkeypatch):
     updates = []
     step = PPOTrainer.step
-    monkeypatch.setattr(PPOTrainer, "step", lambda self, *given: updates.append(step(self, *given)) or updates[-1])
+
+    def noted(self, *given):
+        updates.append(step(self, *given))
+        return updates[-1]
+
+    monkeypatch.setattr(PPOTrainer, "step", noted)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     script = tmp_path / "script.py"
     script.write_text(rewritten(name.split()[0]), encoding="utf-8")
@@ -113,10 +132,9 @@ def test_a_script_of_trls_runs_with_other_imports(name, files, tmp_path, monkeyp
     assert len(updates) == 2, "ten texts make two batches of four"
     assert all(abs(stats["ppo/mean_scores"]) < 100 and stats["ppo/steps_skipped"] == 0 for stats in updates)
     if name == "sentiment_notebook":
-        plain, model = AutoModelForCausalLM.from_pretrained(tmp_path / "result"), known["model"]
-        assert all(
-            torch.equal(value, model.pretrained_model.state_dict()[n]) for n, value in plain.state_dict().items()
-        )
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "result")
+        weights = known["model"].pretrained_model.state_dict()
+        assert all(torch.equal(value, weights[n]) for n, value in plain.state_dict().items())
     if name.startswith("stack_exchange"):
         weights = load_file(tmp_path / "result" / "step_1" / "adapter_model.safetensors")
         assert weights and any(value.any() for key, value in weights.items() if "lora_B" in key)
@@ -137,7 +155,8 @@ def test_the_default_of_use_safetensors_reads_no_pickle(files, tmp_path, monkeyp
 @pytest.mark.skipif(PEER is None, reason="STACKRL_PPO_PEER_PYTHON names no python with trl==0.11.4")
 @pytest.mark.parametrize("name", CASES)
 def test_the_script_is_one_of_trls(name, files, tmp_path):
-    command = [PEER, "-W", "ignore", SCRIPTS / f"{name.split()[0]}.py", *arguments(name, files, tmp_path / "out")]
+    given = arguments(name, files, tmp_path / "out")
+    command = [PEER, "-W", "ignore", SCRIPTS / f"{name.split()[0]}.py", *given]
     quiet = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_DATASETS_CACHE": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=quiet)
     assert done.returncode == 0 and "step:" in done.stdout, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""PPO from a command line, for TRL 0.11: every setting of PPOConfig is an option; causal, seq2seq or with LoRA."""
+"""PPO from a command line, for TRL 0.11: all of PPOConfig are options; causal, seq2seq or with LoRA."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,8 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser, pipeline
 
-from trl import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer, set_seed
+from trl import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
+from trl import PPOConfig, PPOTrainer, set_seed
 from trl.core import LengthSampler
 
 tqdm.pandas()
@@ -62,7 +63,8 @@ else:
         r=args.lora_r, lora_alpha=args.lora_alpha, bias="none", target_modules=["q_proj", "v_proj"],
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    ref_model, device_map = None, {"": str(Accelerator().device)}
+    ref_model = None
+    device_map = {"": Accelerator().local_process_index} if torch.cuda.is_available() else None
 model = model_class.from_pretrained(
     ppo_config.model_name, trust_remote_code=args.trust_remote_code, device_map=device_map,
     peft_config=peft_config,

@@ -48,13 +48,15 @@ lora_config = LoraConfig(
     r=4, lora_alpha=32, lora_dropout=0.05, bias="none", target_modules=["q_proj", "v_proj"],
     task_type="CAUSAL_LM",
 )  # fmt: skip
-nf4_config = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16,
-)  # fmt: skip
+nf4_config = None
+if torch.cuda.is_available():
+    nf4_config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
 model = AutoModelForCausalLMWithValueHead.from_pretrained(
-    script_args.model_name, device_map={"": 0 if torch.cuda.is_available() else "cpu"},
-    peft_config=lora_config, quantization_config=nf4_config if torch.cuda.is_available() else None,
+    script_args.model_name, device_map={"": 0} if torch.cuda.is_available() else None,
+    peft_config=lora_config, quantization_config=nf4_config,
     reward_adapter=script_args.rm_adapter, use_safetensors=script_args.use_safetensors,
 )  # fmt: skip
 tokenizer = AutoTokenizer.from_pretrained(script_args.model_name)

@@ -1,6 +1,6 @@
 """A small language model learns to please a sentiment classifier: the cells of a notebook, for TRL 0.11.
 
-Arguments: folder of the language model, folder of the classifier, JSON lines with `text`, folder for the result.
+Arguments: folders of language model and classifier, JSON lines with `text`, folder for the result.
 """
 
 import sys

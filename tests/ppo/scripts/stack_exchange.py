@@ -1,4 +1,4 @@
-"""Answers to StackExchange questions against a reward model, with LoRA and on request Adafactor, for TRL 0.11."""
+"""Answers to StackExchange questions against a reward model, with LoRA, for TRL 0.11."""
 
 from dataclasses import dataclass, field
 
@@ -54,7 +54,9 @@ config = PPOConfig(
 train_dataset = load_dataset("json", data_files=script_args.questions, split="train")
 train_dataset = train_dataset.select(range(10))
 original_columns = train_dataset.column_names
-sent_kwargs = {"top_k": None, "function_to_apply": "none", "batch_size": 16, "truncation": True, "max_length": 64}
+sent_kwargs = {
+    "top_k": None, "function_to_apply": "none", "batch_size": 16, "truncation": True, "max_length": 64,
+}  # fmt: skip
 tokenizer = AutoTokenizer.from_pretrained(script_args.tokenizer_name)
 if getattr(tokenizer, "pad_token", None) is None:
     tokenizer.pad_token = tokenizer.eos_token
@@ -81,14 +83,14 @@ def collator(rows):
 
 dataset = build_dataset(tokenizer)
 set_seed(config.seed)
-current_device = Accelerator().local_process_index if torch.cuda.is_available() else "cpu"
+device_map = {"": Accelerator().local_process_index} if torch.cuda.is_available() else None
 lora_config = LoraConfig(
     r=4, lora_alpha=32, lora_dropout=0.05, bias="none", target_modules=["q_proj", "v_proj"],
     task_type="CAUSAL_LM",
 )  # fmt: skip
 eight_bits = {"load_in_8bit": True} if torch.cuda.is_available() else {}
 model = AutoModelForCausalLMWithValueHead.from_pretrained(
-    config.model_name, device_map={"": current_device}, peft_config=lora_config, **eight_bits
+    config.model_name, device_map=device_map, peft_config=lora_config, **eight_bits
 )
 optimizer = None
 if script_args.adafactor:
@@ -104,7 +106,7 @@ device = ppo_trainer.accelerator.device
 if ppo_trainer.accelerator.num_processes == 1:
     device = 0 if torch.cuda.is_available() else "cpu"
 sentiment_pipe = pipeline(
-    "sentiment-analysis", model=script_args.reward_model_name, device_map={"": current_device},
+    "sentiment-analysis", model=script_args.reward_model_name, device_map=device_map,
     model_kwargs=eight_bits, tokenizer=tokenizer, return_token_type_ids=False,
 )  # fmt: skip
 if sentiment_pipe.model.config.pad_token_id is None:
