@@ -41,6 +41,7 @@ ELSEWHERE = {  # names of TRL's PPOTrainer that are not here, and what serves in
     "_filter_kwargs": "nothing filters arguments; what generate does not know it refuses",
     "_prepare_deepspeed": "DeepSpeed is not served; accelerate's data-parallel processes are",
     "_set_signature_columns_if_needed": "override _remove_unused_columns",
+    "_signature_columns": "override _remove_unused_columns",
     "from_pretrained": "make a trainer anew, and give load_state_dict what state_dict kept",
     "generate_model_card": "create_model_card writes the card",
     **dict.fromkeys(

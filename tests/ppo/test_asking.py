@@ -32,7 +32,8 @@ def test_each_argument_is_heard_and_none_is_taken_from_the_caller():
     ("own", "given", "wanted"),
     [(0, {}, 0), (31, {}, 31), (32, {}, None), (-1, {}, None), (1, {"eos_token_id": 2}, 2),
      (1, {"eos_token_id": [2]}, 2),
-     (1, {"eos_token_id": [2, 5, 2, 99]}, (2, 5)), (1, {"eos_token_id": (2,)}, 2), (1, {"eos_token_id": -1}, None),
+     (1, {"eos_token_id": [2, 5, 2, 99]}, (2, 5)),
+     (1, {"eos_token_id": (2,)}, 2), (1, {"eos_token_id": -1}, None),
      (1, {"eos_token_id": None}, None)],
 )  # fmt: skip
 def test_which_token_ends_a_response(own, given, wanted):

@@ -24,7 +24,8 @@ OF_TRL = {  # 0.11.4, in its order, with its defaults; exp_name is the script's
     "query_dataset": "stanfordnlp/imdb", "reward_model": "sentiment-analysis:lvwerra/distilbert-imdb",
     "remove_unused_columns": True, "tracker_kwargs": {}, "accelerator_kwargs": {}, "project_kwargs": {},
     "tracker_project_name": "trl", "push_to_hub_if_best_kwargs": {}, "steps": 20000, "learning_rate": 1.41e-5,
-    "adap_kl_ctrl": True, "init_kl_coef": 0.2, "kl_penalty": "kl", "target": 6.0, "horizon": 10000.0, "gamma": 1.0,
+    "adap_kl_ctrl": True, "init_kl_coef": 0.2, "kl_penalty": "kl", "target": 6.0, "horizon": 10000.0,
+    "gamma": 1.0,
     "lam": 0.95, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "batch_size": 128,
     "forward_batch_size": None, "mini_batch_size": 128, "gradient_accumulation_steps": 1, "world_size": None,
     "ppo_epochs": 4, "max_grad_norm": None, "optimize_cuda_cache": None, "optimize_device_cache": False,
@@ -120,8 +121,8 @@ def test_settings_from_a_command_line():
         [*given.split(), "--project_kwargs", '{"logging_dir": "logs"}']
     )
     wanted = PPOConfig(
-        learning_rate=1e-3, adap_kl_ctrl=False, score_clip=2.0, kl_penalty="full", batch_size=8, mini_batch_size=8,
-        early_stopping=True, optimizer="adamw", updates=3, project_kwargs={"logging_dir": "logs"},
+        learning_rate=1e-3, adap_kl_ctrl=False, score_clip=2.0, kl_penalty="full", batch_size=8,
+        mini_batch_size=8, early_stopping=True, optimizer="adamw", updates=3, project_kwargs={"logging_dir": "logs"},
     )  # fmt: skip
     assert args.use_peft and config == wanted and config.total_ppo_epochs == 3
     assert HfArgumentParser(PPOConfig).parse_args_into_dataclasses([])[0] == PPOConfig()
