@@ -122,7 +122,8 @@ def test_settings_from_a_command_line():
     )
     wanted = PPOConfig(
         learning_rate=1e-3, adap_kl_ctrl=False, score_clip=2.0, kl_penalty="full", batch_size=8,
-        mini_batch_size=8, early_stopping=True, optimizer="adamw", updates=3, project_kwargs={"logging_dir": "logs"},
+        mini_batch_size=8, early_stopping=True, optimizer="adamw", updates=3,
+        project_kwargs={"logging_dir": "logs"},
     )  # fmt: skip
     assert args.use_peft and config == wanted and config.total_ppo_epochs == 3
     assert HfArgumentParser(PPOConfig).parse_args_into_dataclasses([])[0] == PPOConfig()

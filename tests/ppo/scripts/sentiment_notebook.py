@@ -20,6 +20,7 @@ language_model, classifier, texts_file, result = sys.argv[1:]
 # %% settings: most of them are read again below
 config = PPOConfig(model_name=language_model, learning_rate=1.41e-5, log_with=None)
 config.batch_size, config.mini_batch_size = 4, 2
+config.backward_batch_size = config.mini_batch_size * config.gradient_accumulation_steps
 config.query_dataset = texts_file
 sent_kwargs = {"top_k": None, "function_to_apply": "none", "batch_size": 16}
 
