@@ -41,6 +41,7 @@ QUIETER = {  # fifty lines about a new sqlite file, and as many about an error t
 }
 SECONDS_TO_CONNECT = 3.0
 SECONDS_BETWEEN_WRITES = 2.0  # one write costs 3 ms in sqlite, more over HTTP
+OTHER_PACKAGES = {"tensorboard": ("tensorboardX",)}  # that serve a tracker as well
 BATCH = 100  # MLflow takes as many params, and ten times as many metrics, in one call
 _log = logging.getLogger(__name__)
 
@@ -125,39 +126,40 @@ def log_tag(name: str, text: str) -> None:
         _active.attempt(_active.client.set_tag, _active.id, name, text)
 
 
-def check_tracker(name: str | None) -> None:
+def check_tracker(name: str) -> None:
     """Refuse a tracker that is not installed.
 
     Raises:
-        ValueError: `name` (mlflow, wandb, or None for none) cannot be imported.
+        ValueError: the package of this name cannot be imported.
     """
-    if name is not None and find_spec(name) is None:
+    if not any(find_spec(package) for package in (name, *OTHER_PACKAGES.get(name, ()))):
         raise ValueError(f"log_with is {name}, which is not installed")
 
 
-def track(name: str, values: Mapping[str, float], step: int, columns: list[str], rows: list[tuple]) -> None:
-    """Metrics of a trainer that is used without a stage, in the caller's own run.
+def has_open_run() -> bool:
+    """Whether there is a run to track in: a stage's, or one that the caller has opened with mlflow."""
+    return _active is not None or _mlflow().active_run() is not None
+
+
+def track(values: Mapping[str, float], step: int) -> None:
+    """Metrics of a trainer that is used without a stage: to an open run of a stage, else to mlflow's.
 
     Args:
-        name: mlflow (a stage's run where one is open, else mlflow's active run) or wandb.
         values: finite or not.
         step: of the training.
-        columns: of a table, which wandb alone shows.
-        rows: of the table.
     """
-    if name == "wandb":
-        import wandb
-
-        table = {"game_log": wandb.Table(columns=columns, rows=[list(row) for row in rows])} if rows else {}
-        wandb.log({**values, **table}, step=step)
-    elif _active:
+    if _active:
         _active.add(values, step)
     else:
-        for variable, value in ENVIRONMENT.items():
-            os.environ.setdefault(variable, value)
-        import mlflow
+        _mlflow().log_metrics(dict(values), step=step)
 
-        mlflow.log_metrics(dict(values), step=step)
+
+def _mlflow():
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    import mlflow
+
+    return mlflow
 
 
 def log_artifact(path: Path, folder: str = "") -> None:
