@@ -142,30 +142,28 @@ def test_a_stage_whose_work_stands_opens_no_run(root, monkeypatch, tracker, caps
     assert (root / "artifacts/sft/metrics.json").read_text() == written
 
 
-def test_what_persists_needs_no_way_back(root, stage, capsys, monkeypatch):
-    out = {"artifacts/sft/x.json": {"cache": False, "persist": True}}
-    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"sft": {"cmd": "x", "outs": [out]}}}))
-    (root / "dvc.lock").write_text("stages: {sft: {cmd: x}}")
-    monkeypatch.setenv("DVC_STAGE", "sft")
-    stage(fails(ValueError("bad")))
-    assert main.main(["sft"]) == 1
-    assert capsys.readouterr().err == "stackrl: sft: bad\n"
+LOCKED = "stages: {sft: {cmd: x, outs: [{path: artifacts/sft/model.txt, md5: a}]}}"
 
 
 def test_under_dvc_the_way_back_is_named(root, stage, capsys, monkeypatch):
+    """Where there is an earlier result, and DVC has removed it."""
     monkeypatch.setenv("DVC_STAGE", "sft")
     stage(fails(ValueError("bad")))
     assert main.main(["sft"]) == 1
-    assert "dvc checkout" not in capsys.readouterr().err, "the first run has no earlier result"
-    (root / "dvc.lock").write_text("stages: {sft: {cmd: x}}")
+    assert capsys.readouterr().err == "stackrl: sft: bad\n", "the first run has no earlier result"
+    (root / "dvc.lock").write_text(LOCKED)
     assert main.main(["sft"]) == 1
     assert capsys.readouterr().err.endswith("bad (`dvc checkout sft` brings the earlier result back)\n")
+    (root / "artifacts/sft").mkdir(parents=True, exist_ok=True)
+    (root / "artifacts/sft/model.txt").write_text("persists")
+    assert main.main(["sft"]) == 1
+    assert capsys.readouterr().err == "stackrl: sft: bad\n", "it persists"
 
 
 def test_no_way_back_is_named_where_there_is_none(root, stage, capsys, monkeypatch, tmp_path_factory):
     """Another process does it, DVC will remove the workspace, or dvc.lock itself is the matter."""
     monkeypatch.setenv("DVC_STAGE", "sft")
-    (root / "dvc.lock").write_text("stages: {sft: {cmd: x}}")
+    (root / "dvc.lock").write_text(LOCKED)
     stage(fails(ValueError("bad")))
     with stage_lock(Layout(root, root), "sft"):
         assert main.main(["sft"]) == 1
@@ -175,7 +173,7 @@ def test_no_way_back_is_named_where_there_is_none(root, stage, capsys, monkeypat
     (root / "dvc.lock").write_text("")
     assert main.main(["sft"]) == 1
     assert "dvc.lock is damaged" in capsys.readouterr().err
-    (root / "dvc.lock").write_text("stages: {sft: {cmd: x}}")
+    (root / "dvc.lock").write_text(LOCKED)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("home")))
     assert main.main(["sft"]) == 1
     assert capsys.readouterr().err == "stackrl: sft: bad\n"

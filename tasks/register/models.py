@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 from tasks.register import holdings
 from tasks.register.checks import EXAMPLES, check_answers, check_scores, closing_text
 from tasks.register.recipe import Recipe
+from tasks.register.wanted import Wanted
 from tasks.run import tracking
 from tasks.run.layout import Layout
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-    from tasks.register.stage import Wanted
 
 REQUIRED = ("mlflow", "torch", "transformers")  # all that an environment without our package needs
 LONGEST_VALUE = 5000  # of a model version's tag in MLflow, characters

@@ -13,13 +13,12 @@ import os
 import sqlite3
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tasks.register import holdings, lineage
-from tasks.register.holdings import Holding, Version
-from tasks.register.recipe import MODELS, Recipe
+from tasks.register.holdings import Holding
+from tasks.register.wanted import Wanted, models_of
 from tasks.run import moved, tracking
 from tasks.run.files import write_json
 from tasks.run.layout import Layout, StageResult
@@ -33,34 +32,13 @@ NOTHING_TO_DO = "all registered before, up to date"
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A model that should be registered: ``Wanted("stackrl-sft", "….dir", recipe, folder)``.
-
-    Attributes:
-        name: in the registry.
-        md5: of its folder; empty where neither dvc.lock nor the disk knows it.
-        recipe: how it is to be used.
-        folder: where it lies, pulled or not.
-    """
-
-    name: str
-    md5: str
-    recipe: Recipe
-    folder: Path
-
-    def found(self, held: Mapping[str, Holding], client: MlflowClient | None = None) -> Version | None:
-        """The newest whole version of it."""
-        return held[self.name].find(self.md5, self.recipe.digest, client)
-
-
 def standing(params: Params, layout: Layout) -> StageResult | None:
     """The stage's result where the registry has everything already; None where there is something to do.
 
     Raises:
         ConnectionError: the registry does not answer.
     """
-    wanted = _wanted(params, layout)
+    wanted = models_of(params, layout)
     held, client = _look(layout, [one.name for one in wanted])
     if held is None or not all(one.found(held, client) for one in wanted):
         return None
@@ -82,7 +60,7 @@ def run(params: Params, layout: Layout) -> StageResult:
         ConnectionError: the registry does not answer.
     """
     with nullcontext() if tracking.active_run() else tracking.stage_run("register", {}, layout):
-        client, wanted = tracking.connect(layout), _wanted(params, layout)
+        client, wanted = tracking.connect(layout), models_of(params, layout)
         held = holdings.by_client(client, [one.name for one in wanted])
         if missing := [one for one in wanted if not one.found(held, client)]:
             _log_models(params, layout, client, missing, held)
@@ -94,17 +72,6 @@ def run(params: Params, layout: Layout) -> StageResult:
 def trial() -> str | None:
     """The name of DVC's experiment that this stage is part of; None outside one."""
     return os.environ.get("DVC_EXP_NAME") or None
-
-
-def _wanted(params: Params, layout: Layout) -> list[Wanted]:
-    locked, found = lineage.locked_md5s(layout), []
-    for kind, stage in MODELS.items():
-        folder = layout.artifact(stage, "model")
-        md5 = locked.get(f"artifacts/{stage}/model") or (
-            lineage.folder_md5(folder) if (folder / "config.json").is_file() else ""
-        )
-        found.append(Wanted(f"{params.register.prefix}-{kind}", md5, Recipe.of(kind, params), folder))
-    return found
 
 
 def _look(layout: Layout, names: list[str]) -> tuple[dict[str, Holding] | None, MlflowClient | None]:

@@ -92,7 +92,12 @@ class Answers(PythonModel):
         )
         rows = tokens[:, ids.shape[1] :].tolist()
         clean = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return [text.strip() for text in self.tokenizer.batch_decode(rows, **clean)]
+        return [clean_text(text) for text in self.tokenizer.batch_decode(rows, **clean)]
+
+
+def clean_text(text):
+    """Without blanks around it, and without what is no text: half a character, where the tokens ended."""
+    return text.replace("\ufffd", "").strip()
 
 
 def questions(model_input):
