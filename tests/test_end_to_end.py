@@ -223,9 +223,10 @@ def test_a_comment_in_ppo_retrains_neither_sft_nor_reward(clone):
 
 
 def test_a_changed_dump_reruns_everything(clone):
-    (clone.root / "data/raw/Posts.xml").write_text("<posts></posts>")
+    record = clone.root / "data/raw.json"
+    record.write_text('{"unix.example.7z": {"md5": "0cc175b9c0f1b6a831c399e269772661", "size": 1}}\n')
     planned = clone.run("dvc", "repro", "--dry")
-    (clone.root / "data/raw/Posts.xml").unlink()
+    record.write_text("{}\n")
     assert "Running stage 'data'" in planned
     clone.change("data.sample.questions", 420)
     assert clone.ran() == list(STAGES)
