@@ -15,9 +15,8 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.tasks import Task
 
 from flows import busy, process, report
-from tasks import register
 from tasks.run import tracking
-from tasks.run.layout import Layout, read_yaml
+from tasks.run.layout import Layout
 from tasks.run.locks import is_dvc
 
 OF_DVC = "ERROR: failed to reproduce"
@@ -91,15 +90,7 @@ def attempt(order: Order, say: Callable[[str], None]) -> process.Ended:
 def command(order: Order) -> list[str]:
     """The dvc call; without --wait-for-lock dvc gives up after 3 s, even on a stage that is just trained."""
     dvc = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", order.stage]
-    return [*dvc, "--force"] if order.is_forced or is_lost(order) else dvc
-
-
-def is_lost(order: Order) -> bool:
-    """Whether the registry no longer has what register put there, which DVC cannot know."""
-    if order.stage != "register" or order.stage not in order.layout.locked():
-        return False
-    prefix = read_yaml(order.layout.root / "params.yaml")["register"].get("prefix", "")
-    return register.missing(order.layout, prefix)
+    return [*dvc, "--force"] if order.is_forced else dvc
 
 
 def environment(order: Order) -> dict[str, str]:
@@ -112,7 +103,8 @@ def judge(order: Order, ended: process.Ended) -> State:
     """The state that says how an attempt went; a refusal is read from the file that the stage left."""
     if ended.status == 0:
         text = "\n".join(ended.lines)
-        is_same, is_cached = "didn't change, skipping" in text, "is cached - skipping run" in text
+        is_same = "didn't change, skipping" in text or said_nothing_to_do(order.stage, ended)
+        is_cached = "is cached - skipping run" in text
         return Completed(name="Unchanged" if is_same else "Restored" if is_cached else "Ran")
     if process.STOPPING.is_set():
         return Cancelled(message="ended with the flow")
@@ -124,6 +116,12 @@ def judge(order: Order, ended: process.Ended) -> State:
     if hopeless := busy.in_our_words(ended.lines):
         return Failed(name=REFUSED, message=hopeless)
     return Failed(message=complaint(order.stage, ended))
+
+
+def said_nothing_to_do(stage: str, ended: process.Ended) -> bool:
+    """Whether a stage that DVC always runs found its work done."""
+    own = [line for line in ended.lines if line.startswith(f"stackrl: {stage}: ")]
+    return bool(own) and own[-1].endswith("up to date")
 
 
 def complaint(stage: str, ended: process.Ended) -> str:

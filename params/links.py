@@ -16,8 +16,9 @@ from params.load import ParamsError
 
 DUMP_SUFFIXES = (".7z", ".xz", ".gz", ".bz2", ".xml", ".jsonl", ".json", ".parquet")
 # In a folder: the archive of a whole site, Posts alone and preference data; not the other tables of the dump.
+# A .json may be anything there; such a file is named.
 OTHER_TABLE = re.compile(r"(^|[.-])(Badges|Comments|PostHistory|PostLinks|Tags|Users|Votes)\.", re.IGNORECASE)
-POSTS = re.compile(r"(\.7z|(^|[.-])Posts\.xml(\.(xz|gz|bz2))?|\.parquet|\.jsonl?(\.(xz|gz|bz2))?)$")
+POSTS = re.compile(r"(\.7z|(^|[.-])Posts\.xml(\.(xz|gz|bz2))?|\.parquet|\.jsonl(\.(xz|gz|bz2))?)$")
 MODEL_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # no pickles, no code
 
 

@@ -266,16 +266,12 @@ class MonitorParams(Section):
     eos_fall: Share = Field(0.1, description="of responses that end with eos, share of all")
 
 
-UNUSED_BY_PPO = (  # fields of TRL 0.11's PPOConfig that describe a run, or that nothing here needs
-    "exp_name task_name model_name query_dataset reward_model remove_unused_columns tracker_kwargs "
-    "accelerator_kwargs project_kwargs tracker_project_name push_to_hub_if_best_kwargs compare_steps "
-    "world_size optimize_cuda_cache optimize_device_cache is_encoder_decoder is_peft_model "
-    "backward_batch_size global_backward_batch_size global_batch_size dataset_num_proc"
-).split()
+class PPOParams(Section):
+    """Proximal policy optimisation; fields shared with TRL 0.11 keep its names, meanings and defaults.
 
-
-class PPOConfig(Section):
-    """Proximal policy optimisation; fields shared with TRL 0.11 keep its names, meanings and defaults."""
+    The library's class of settings, :class:`tasks.ppo.config.PPOConfig`, takes defaults, descriptions and
+    bounds from here.
+    """
 
     updates: int = Field(100, ge=1, description="rollouts, each followed by ppo_epochs passes over it")
     lora_rank: int = Field(
@@ -359,23 +355,8 @@ class PPOConfig(Section):
         None, ge=0, description="of sampling and minibatches; null: the run's seed decides"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_trl(cls, given):
-        """What TRL's users pass: names of its own for two numbers, and descriptions, which are left out."""
-        if not isinstance(given, dict):
-            return given
-        given = dict(given)
-        if found := [name for name in UNUSED_BY_PPO if given.pop(name, None) is not None]:
-            warnings.warn(f"PPOConfig: {', '.join(found)}: of no effect here", stacklevel=2)
-        if (forward := given.pop("forward_batch_size", None)) is not None:
-            given["mini_batch_size"] = forward
-        if (steps := given.pop("steps", None)) is not None:  # responses, in TRL
-            given.setdefault("updates", max(1, -(-int(steps) // int(given.get("batch_size", 128)))))
-        return given
-
     @model_validator(mode="after")
-    def _divides(self) -> PPOConfig:
+    def _divides(self) -> PPOParams:
         step = self.mini_batch_size * self.gradient_accumulation_steps
         if self.batch_size % step:
             raise ValueError(
@@ -397,11 +378,6 @@ class PPOConfig(Section):
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("ppo.use_score_norm needs ppo.use_score_scaling")
         return self
-
-    @property
-    def total_ppo_epochs(self) -> int:
-        """TRL's name for `updates`."""
-        return self.updates
 
 
 class PolicyEvalParams(Section):
@@ -433,7 +409,7 @@ class Params(Section):
     sft: SFTParams = SFTParams()
     reward: RewardParams = RewardParams()
     reward_eval: RewardEvalParams = RewardEvalParams()
-    ppo: PPOConfig = PPOConfig()
+    ppo: PPOParams = PPOParams()
     policy_eval: PolicyEvalParams = PolicyEvalParams()
     register: RegisterParams = RegisterParams()
 

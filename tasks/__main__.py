@@ -76,10 +76,18 @@ def _say_that_it_waits(stage: str, holder: str) -> None:
 
 
 def run(stage: str, params: Params, layout: Layout) -> StageResult:
-    """The stage itself in its MLflow run, and metrics.json; of several processes the first writes both."""
+    """The stage itself in its MLflow run, and metrics.json; of several processes the first writes both.
+
+    A stage that DVC always runs may have a `standing(params, layout)`: its result where nothing is to be
+    done, else None. No run is opened for it.
+    """
+    module = importlib.import_module(f"tasks.{stage}")
+    if hasattr(module, "standing") and (result := module.standing(params, layout)) is not None:
+        write_json(layout.artifact(stage, "metrics.json"), result.metrics)
+        return result
     logged = dict(dotted(params.model_dump(mode="json"), [*layout.tracked(stage), "machine"]))
     with tracking.stage_run(stage, logged, layout):
-        result = importlib.import_module(f"tasks.{stage}").run(params, layout)
+        result = module.run(params, layout)
         write_json(layout.artifact(stage, "metrics.json"), result.metrics)
         tracking.log_metrics(result.metrics)
     return result
@@ -150,7 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if not is_rank:
         headline = [f"{name} {value:.5g}" for name, value in result.metrics.items()][:HEADLINE_METRICS]
-        print(f"stackrl: {stage}: {', '.join(headline) or 'done'}", flush=True)
+        note = f"; {result.note}" if result.note else ""
+        print(f"stackrl: {stage}: {', '.join(headline) or 'done'}{note}", flush=True)
     return 0
 
 

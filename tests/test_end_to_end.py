@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tasks.register.stage import NOTHING_TO_DO
 from tasks.run.layout import STAGES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -64,8 +65,17 @@ pytestmark = pytest.mark.slow
 class Clone:
     """A copy of the repository with tiny numbers, and the environment a fresh shell would have."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, origin: Path | None = None) -> None:
+        """Without an origin nothing has run before; with one its commits are cloned, dvc.lock among them."""
         self.root = root
+        ours = ("PREFECT_", "MLFLOW_", "DVC_", "STACKRL_")
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+        path = os.pathsep.join([str(Path(sys.executable).parent), clean.get("PATH", "")])
+        own = {"PATH": path, "PYTHONPATH": str(root), "PREFECT_HOME": str(root / ".prefect")}
+        self.environment = clean | QUIET | own
+        if origin:
+            subprocess.run(["git", "clone", "-q", origin, root], check=True)
+            return
         listed = subprocess.check_output(
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, text=True
         )
@@ -73,14 +83,14 @@ class Clone:
             if (REPOSITORY / name).is_file() and not name.startswith("artifacts/") and name != "dvc.lock":
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(REPOSITORY / name, root / name)
-        ours = ("PREFECT_", "MLFLOW_", "DVC_", "STACKRL_")
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-        path = os.pathsep.join([str(Path(sys.executable).parent), clean.get("PATH", "")])
-        own = {"PATH": path, "PYTHONPATH": str(root), "PREFECT_HOME": str(root / ".prefect")}
-        self.environment = clean | QUIET | own
-        for command in (["init", "-q"], ["add", "-A"], [*AUTHOR, "commit", "-qm", "start"]):
-            subprocess.run(["git", *command], cwd=root, env=self.environment, check=True)
+        self.run("git", "init", "-q")
         self.run("python", "-m", "params", "use", "sample", *TINY)
+        self.commit()
+
+    def commit(self) -> None:
+        """All of it."""
+        self.run("git", "add", "-A")
+        self.run("git", *AUTHOR, "commit", "-qm", "as it stands")
 
     def run(self, *command: str, status: int = 0) -> str:
         """Run to the end; everything it printed."""
@@ -92,9 +102,10 @@ class Clone:
         return done.stdout
 
     def ran(self) -> list[str]:
-        """The stages that `dvc repro` ran now."""
+        """The stages that `dvc repro` ran now; not register where it only asked."""
         printed = self.run("dvc", "repro")
-        return [stage for stage in STAGES if f"Running stage '{stage}'" in printed]
+        ran = [stage for stage in STAGES if f"Running stage '{stage}'" in printed]
+        return [stage for stage in ran if stage != "register" or f"; {NOTHING_TO_DO}" not in printed]
 
     def lock(self) -> dict:
         """dvc.lock."""
@@ -115,6 +126,7 @@ def clone(tmp_path_factory) -> Clone:
     """A clone in which the main job has run once."""
     clone = Clone(tmp_path_factory.mktemp("clone"))
     assert clone.ran() == list(STAGES)
+    clone.commit()
     return clone
 
 
@@ -124,13 +136,47 @@ def outs(lock: dict) -> dict[str, str]:
 
 def test_the_second_run_does_nothing_and_status_is_clean(clone):
     assert clone.ran() == []
-    assert "up to date" in clone.run("dvc", "status")
+    assert json.loads(clone.run("dvc", "status", "--json")) == {"register": ["always changed"]}
+    assert clone.run("git", "status", "--porcelain") == ""
     assert json.loads((clone.root / "artifacts/register/registered.json").read_text())
 
 
+LOAD = """
+import mlflow
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+load = lambda kind: mlflow.pyfunc.load_model(f"models:/stackrl-{kind}@candidate")
+sft, policy, reward = map(load, ("sft", "policy", "reward"))
+pair = {"question": ["What is 1 + 2?"], "answer": ["It is 3."]}
+print("LOADED", sft.predict(pair["question"]), policy.predict(pair["question"]), reward.predict(pair))
+"""
+
+
+def test_a_clone_with_the_lock_trains_nothing_and_registers_what_it_pulls(clone, tmp_path):
+    """A newcomer's first command, where everything that ran is in git and in a DVC remote."""
+    remote = ["dvc", "remote", "add", "--local", "--default", "there", str(tmp_path / "remote")]
+    clone.run(*remote)
+    clone.run("dvc", "push")
+    other = Clone(tmp_path / "other", clone.root)
+    other.run(*remote)
+    other.run("dvc", "pull")
+    for _ in range(2):
+        assert other.ran() == ["register"]
+        assert "LOADED" in other.run("python", "-c", LOAD)
+        assert other.ran() == [] and other.run("git", "status", "--porcelain") == ""
+        (other.root / "mlflow.db").unlink()
+    for kind in ("sft", "reward", "ppo"):
+        shutil.rmtree(other.root / "artifacts" / kind / "model")
+    printed = other.run("python", "-m", "tasks", "register", status=1)
+    assert "dvc pull" in printed and "dvc repro sft" in printed and "Traceback" not in printed
+    assert other.run("git", "status", "--porcelain") == ""
+
+
 def test_two_fresh_runs_leave_the_same_hashes(clone, tmp_path):
-    """Also: a run killed in the middle of ppo and started again ends with the hashes of one that was not."""
-    other = Clone(tmp_path / "other")
+    """One knows the lock of the other, and pulls nothing.
+
+    Also: a run killed in the middle of ppo and started again ends with the hashes of one that was not.
+    """
+    other = Clone(tmp_path / "other", clone.root)
     other.run("dvc", "repro", "reward_eval")
     with (tmp_path / "killed.log").open("wb") as log:
         process = subprocess.Popen(
@@ -150,7 +196,7 @@ def test_two_fresh_runs_leave_the_same_hashes(clone, tmp_path):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    other.run("dvc", "repro")
+    assert other.ran() == ["ppo", "policy_eval", "register"]
     assert outs(other.lock()) == outs(clone.lock())
 
 
@@ -177,9 +223,10 @@ def test_a_comment_in_ppo_retrains_neither_sft_nor_reward(clone):
 
 
 def test_a_changed_dump_reruns_everything(clone):
-    (clone.root / "data/raw/Posts.xml").write_text("<posts></posts>")
+    record = clone.root / "data/raw.json"
+    record.write_text('{"unix.example.7z": {"md5": "0cc175b9c0f1b6a831c399e269772661", "size": 1}}\n')
     planned = clone.run("dvc", "repro", "--dry")
-    (clone.root / "data/raw/Posts.xml").unlink()
+    record.write_text("{}\n")
     assert "Running stage 'data'" in planned
     clone.change("data.sample.questions", 420)
     assert clone.ran() == list(STAGES)

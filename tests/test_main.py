@@ -128,20 +128,42 @@ def test_a_users_error_is_one_line_and_the_earlier_result_stays(root, stage, tra
     assert tracker.end == type(error).__name__
 
 
+def test_a_stage_whose_work_stands_opens_no_run(root, monkeypatch, tracker, capsys):
+    found = [StageResult({"models": 3.0}, "up to date"), None]
+    module = SimpleNamespace(
+        standing=lambda params, layout: found.pop(0), run=lambda params, layout: StageResult({"models": 3.0})
+    )
+    monkeypatch.setitem(sys.modules, "tasks.sft", module)
+    assert main.main(["sft"]) == 0
+    written = (root / "artifacts/sft/metrics.json").read_text()
+    assert capsys.readouterr().out == "stackrl: sft: models 3; up to date\n" and tracker.end == ""
+    assert main.main(["sft"]) == 0
+    assert capsys.readouterr().out == "stackrl: sft: models 3\n" and tracker.end == "FINISHED"
+    assert (root / "artifacts/sft/metrics.json").read_text() == written
+
+
+LOCKED = "stages: {sft: {cmd: x, outs: [{path: artifacts/sft/model.txt, md5: a}]}}"
+
+
 def test_under_dvc_the_way_back_is_named(root, stage, capsys, monkeypatch):
+    """Where there is an earlier result, and DVC has removed it."""
     monkeypatch.setenv("DVC_STAGE", "sft")
     stage(fails(ValueError("bad")))
     assert main.main(["sft"]) == 1
-    assert "dvc checkout" not in capsys.readouterr().err, "the first run has no earlier result"
-    (root / "dvc.lock").write_text("stages: {sft: {cmd: x}}")
+    assert capsys.readouterr().err == "stackrl: sft: bad\n", "the first run has no earlier result"
+    (root / "dvc.lock").write_text(LOCKED)
     assert main.main(["sft"]) == 1
     assert capsys.readouterr().err.endswith("bad (`dvc checkout sft` brings the earlier result back)\n")
+    (root / "artifacts/sft").mkdir(parents=True, exist_ok=True)
+    (root / "artifacts/sft/model.txt").write_text("persists")
+    assert main.main(["sft"]) == 1
+    assert capsys.readouterr().err == "stackrl: sft: bad\n", "it persists"
 
 
 def test_no_way_back_is_named_where_there_is_none(root, stage, capsys, monkeypatch, tmp_path_factory):
     """Another process does it, DVC will remove the workspace, or dvc.lock itself is the matter."""
     monkeypatch.setenv("DVC_STAGE", "sft")
-    (root / "dvc.lock").write_text("stages: {sft: {cmd: x}}")
+    (root / "dvc.lock").write_text(LOCKED)
     stage(fails(ValueError("bad")))
     with stage_lock(Layout(root, root), "sft"):
         assert main.main(["sft"]) == 1
@@ -151,7 +173,7 @@ def test_no_way_back_is_named_where_there_is_none(root, stage, capsys, monkeypat
     (root / "dvc.lock").write_text("")
     assert main.main(["sft"]) == 1
     assert "dvc.lock is damaged" in capsys.readouterr().err
-    (root / "dvc.lock").write_text("stages: {sft: {cmd: x}}")
+    (root / "dvc.lock").write_text(LOCKED)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path_factory.mktemp("home")))
     assert main.main(["sft"]) == 1
     assert capsys.readouterr().err == "stackrl: sft: bad\n"

@@ -58,7 +58,7 @@ def read_adapter(
         token: for the Hub.
 
     Raises:
-        ValueError: no adapter there, files that cannot be read, an adapter that is not served, or a number
+        ValueError: no adapter there, files that cannot be read, one that is not served, or a number in it
             that is not finite.
     """
     from peft import PeftConfig
@@ -72,8 +72,8 @@ def read_adapter(
         config, tensors = PeftConfig.from_pretrained(str(paths[0].parent)), load_file(paths[1])
     except (SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{key}: the adapter in {base} cannot be read: {error}") from error
-    check_tensors(f"{key}: {paths[1]}", tensors)
     check_kind(config, learns=False, key=f"{key}: {base}")
+    check_tensors(f"{key}: {paths[1]}", tensors)
     head = {found[1]: value for name, value in tensors.items() if (found := _HEAD.search(name))}
     rest = {name: value for name, value in tensors.items() if not _HEAD.search(name)}
     return SavedAdapter(f"{key}: the adapter in {base}", paths[0].parent, config, rest, head)

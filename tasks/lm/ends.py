@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from tasks.lm.forest import unwrapped
-
 PAD = "<|pad|>"
 _PAD_OF_BASE: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # where another one pads in its stead
 
@@ -28,7 +26,8 @@ def ends_of(model, tokenizer=None) -> tuple[int, ...]:
 
     What its generation configuration says goes before its configuration, unless that one is a list.
     """
-    bare = unwrapped(model)
+    bare = getattr(model, "module", model)
+    bare = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
     said = ids_of(getattr(getattr(bare, "generation_config", None), "eos_token_id", None))
     of_config = getattr(bare.config, "eos_token_id", None)
     if not said or not isinstance(of_config, int | None):

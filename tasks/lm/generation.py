@@ -24,6 +24,7 @@ from tasks.lm.prepack import prepacked
 from tasks.lm.products import default_products
 from tasks.lm.room import Room, speaking_room
 from tasks.lm.seq2seq import check_speaker
+from tasks.lm.steering import Steering
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16}
 FEW = 0.75  # when no more of the rows than this are left, the others leave the batch
@@ -103,6 +104,7 @@ def generate(
     min_tokens: int = 0,
     rows: int = 512,
     dtype: str = "float32",
+    steering: Steering | None = None,
 ) -> Responses:
     """Continue each prompt until eos or its most tokens; the eos belongs to the response.
 
@@ -121,6 +123,7 @@ def generate(
         min_tokens: eos has no probability before so many tokens.
         rows: most rows decoded side by side.
         dtype: `bfloat16`: matrix products as under autocast; `float32`: in the weights' own dtype.
+        steering: of these rows; None: the model's own logits, and no text ends a response.
 
     Returns:
         Responses [B, R], on the model's device.
@@ -149,14 +152,25 @@ def generate(
                 noise = None if uniforms is None else uniforms[part].to(model.device)
                 most = torch.tensor([limits[i] for i in part], device=model.device)
                 decoder = decoder_of(model, [prompts[i] for i in part], int(most.max()), low)
-                found = _decode(decoder, most, draw, noise, pad_id)
+                found = _decode(decoder, most, draw, noise, pad_id, steering, part)
                 tokens[part, : found.tokens.shape[1]] = found.tokens
                 is_response[part, : found.tokens.shape[1]] = found.is_response
     return Responses(tokens, is_response)
 
 
-def _decode(decoder, limits: Tensor, draw: Draw, uniforms: Tensor | None, pad_id: int) -> Responses:
-    """All tokens of n rows that stand side by side, each until eos or its limit [n]."""
+def _decode(
+    decoder,
+    limits: Tensor,
+    draw: Draw,
+    uniforms: Tensor | None,
+    pad_id: int,
+    steering: Steering | None = None,
+    numbers: Sequence[int] = (),
+) -> Responses:
+    """All tokens of n rows that stand side by side, each until eos or its limit [n].
+
+    `numbers` are those that the rows have in `steering`.
+    """
     n, most = len(limits), int(limits.max())
     tokens = torch.full((n, most), pad_id, device=limits.device)
     is_response = torch.zeros_like(tokens, dtype=torch.bool)
@@ -164,12 +178,17 @@ def _decode(decoder, limits: Tensor, draw: Draw, uniforms: Tensor | None, pad_id
     logits = decoder.read()
     with default_products():
         for t in range(most):
+            if steering is not None:
+                own = [numbers[row] for row in rows.tolist()]
+                logits = steering.logits(own, tokens[rows, :t], logits)
             token = draw(logits, None if uniforms is None else uniforms[rows, t], t)
             tokens[rows, t] = torch.where(is_open, token, pad_id)
             is_response[rows, t] = is_open
             is_open &= limits[rows] > t + 1
             if draw.eos_ids:
                 is_open &= ~draw.ends(token)
+            if steering is not None:
+                is_open &= ~steering.ends(own, tokens[rows, : t + 1])
             left = int(is_open.sum())
             if not left:
                 break

@@ -32,14 +32,14 @@ class ScoreHead(nn.Module):
 
     def __init__(self, saved: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(saved["weight"].float().clone(), requires_grad=False)  # [1, H]
+        self.weight = nn.Parameter(saved["weight"].float().clone(), requires_grad=False)  # [labels, H]
         bias = saved.get("bias")
         self.bias = None if bias is None else nn.Parameter(bias.float().clone(), requires_grad=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden [..., H] -> scores [...], float32, under autocast too."""
+        """Hidden [..., H] -> scores [..., labels], float32, under autocast too."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return functional.linear(hidden.float(), self.weight.float(), self.bias).squeeze(-1)
+            return functional.linear(hidden.float(), self.weight.float(), self.bias)
 
 
 class ScoredByAdapter(nn.Module):
@@ -74,8 +74,8 @@ class ScoredByAdapter(nn.Module):
         """Put a reward adapter beside the policy's, frozen, and its score head into `score`.
 
         Raises:
-            ValueError: no adapter here to stand beside; one of another base, or without a score head for one
-                label. The model is as it was.
+            ValueError: no adapter here to stand beside; one of another base, or without a score head. The
+                model is as it was.
         """
         model = self.pretrained_model
         if not has_adapter(model):
@@ -92,10 +92,10 @@ class ScoredByAdapter(nn.Module):
                 "SEQ_CLS, which saves `score`; RewardTrainer does)"
             )
         wide = model.get_output_embeddings().weight
-        if tuple(weight.shape) != (1, wide.shape[1]):
+        if weight.shape[1] != wide.shape[1]:
             raise ValueError(
-                f"{saved.name} has a score head of {weight.shape[0]} labels over {weight.shape[1]} numbers; "
-                f"one label over {wide.shape[1]} is wanted"
+                f"{saved.name} has a score head over {weight.shape[1]} numbers; one over {wide.shape[1]} is "
+                "wanted"
             )
         put_on(model, saved, name)
         self.score, self.rm_adapter_name = ScoreHead(saved.head).to(wide.device), name
@@ -104,7 +104,7 @@ class ScoredByAdapter(nn.Module):
     def compute_reward_score(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **keys: Any
     ) -> Tensor:
-        """Scores of every token by the reward adapter, [B, S] -> [B, S, 1] float32.
+        """Scores of every token by the reward adapter, [B, S] -> [B, S, labels] float32; one label, mostly.
 
         Padding has the score of its document's last token: `[:, -1, 0]` is a document's score, on
         whichever side it is padded.
@@ -127,10 +127,12 @@ class ScoredByAdapter(nn.Module):
             "use_cache": False,
             **keys,
         }
-        scores = self._scores(lambda model: model(input_ids=input_ids, **keys), places).view(input_ids.shape)
+        scores = self._scores(lambda model: model(input_ids=input_ids, **keys), places)
+        scores = scores.view(*input_ids.shape, -1)
         numbers = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (numbers * is_real.bool()).argmax(1, keepdim=True)
-        return torch.where(is_real.bool(), scores, scores.gather(1, last))[..., None]
+        of_last = scores.gather(1, last[..., None].expand(-1, -1, scores.shape[-1]))
+        return torch.where(is_real.bool()[..., None], scores, of_last)
 
     @torch.no_grad()
     def score_documents(self, documents: Sequence[Sequence[int]], rows: int = 64) -> Tensor:
@@ -139,9 +141,14 @@ class ScoredByAdapter(nn.Module):
         B lists -> [B] on the CPU.
 
         Raises:
-            ValueError: there is no reward adapter, or a document has more tokens than the model has places.
+            ValueError: there is no reward adapter, one of several labels, or a document has more tokens than
+                the model has places.
         """
         self._check_reward_adapter()
+        if (labels := len(self.score.weight)) > 1:
+            raise ValueError(
+                f"the reward adapter has {labels} labels; a score is one, of compute_reward_score"
+            )
         check_room(documents, room_of(self.pretrained_model))
         model, scores = self.pretrained_model, []
         serve_forest(model)
@@ -154,7 +161,7 @@ class ScoredByAdapter(nn.Module):
         forest = plant([Segment(d) for d in documents]).to(self.score.weight.device)
         ends = [start + length - 1 for start, length in zip(forest.starts, forest.lengths, strict=True)]
         places = torch.tensor(ends, device=forest.tokens.device)
-        return self._scores(lambda model: run_forest(model, forest), places)
+        return self._scores(lambda model: run_forest(model, forest), places)[:, 0]
 
     def _padded(self, documents: Sequence[Sequence[int]]) -> Tensor:
         device = self.score.weight.device
@@ -164,7 +171,7 @@ class ScoredByAdapter(nn.Module):
         return self.compute_reward_score(tokens, mask)[:, -1, 0]
 
     def _scores(self, run, places: Tensor) -> Tensor:
-        """Scores at N places of a batch, [N], without dropout; afterwards the model is as it was."""
+        """Scores at N places of a batch, [N, labels], without dropout; afterwards the model is as it was."""
         model = self.pretrained_model
         with evaluating(model), at_work(model, [self.rm_adapter_name]):
             return self.score(predict(model, run, places).hidden[places])

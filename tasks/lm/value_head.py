@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +11,7 @@ from typing import Any, Self
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tasks.lm.adapters import add_adapter, has_adapter
 from tasks.lm.critic import ValueBranch, ValueHead, branch_layers, calls_of, states_of
@@ -27,10 +29,13 @@ from tasks.lm.saved_policy import (
 )
 from tasks.lm.seq2seq import check_seq2seq
 from tasks.lm.sequences import positions_of
+from tasks.lm.trl_names import TRLNames, as_peft_config
 from tasks.run.finite import check_weights
 
+_log = logging.getLogger(__name__)
 
-class ModelWithValueHead(ScoredByAdapter):
+
+class ModelWithValueHead(ScoredByAdapter, TRLNames):
     """`pretrained_model` with a `v_head`; the forward returns (logits, loss, values).
 
     What there is for a model of each kind: :class:`AutoModelForCausalLMWithValueHead` and
@@ -82,7 +87,7 @@ class ModelWithValueHead(ScoredByAdapter):
     @classmethod
     def from_pretrained(
         cls,
-        base: str | Path | nn.Module,
+        pretrained_model_name_or_path: str | Path | nn.Module,
         *,
         peft_config=None,
         reward_adapter: str | Path | None = None,
@@ -93,14 +98,16 @@ class ModelWithValueHead(ScoredByAdapter):
         is_trainable: bool = True,
         token: str | bool | None = None,
         num_value_layers_unfrozen: int | None = None,
+        use_safetensors: bool | None = None,
         **keys: Any,
     ) -> Self:
         """A model with the value head that was saved with it, or with a fresh one.
 
         Args:
-            base: a model of transformers or PEFT; or a folder or Hub id, of a model or of an adapter whose
-                configuration names its model.
-            peft_config: of an adapter to put on; one that the folder `base` holds is frozen below it.
+            pretrained_model_name_or_path: the base: a model of transformers or PEFT; or a folder or Hub id,
+                of a model or of an adapter whose configuration names its model.
+            peft_config: of an adapter to put on, or a mapping with its `peft_type`; one that the folder
+                `base` holds is frozen below it.
             reward_adapter: folder or Hub id of an adapter with a score head that was trained on the same
                 base (:meth:`compute_reward_score`); None: the one that was saved with the policy.
             reward_adapter_name: what it is called beside the policy's.
@@ -110,6 +117,7 @@ class ModelWithValueHead(ScoredByAdapter):
             is_trainable: whether an adapter that `base` holds is trained further.
             token: for the Hub.
             num_value_layers_unfrozen: as for the class; None: as many as were saved.
+            use_safetensors: True whatever is said, for a pickle is never read; False is noted in the log.
             keys: the others of the class, or for transformers' `from_pretrained`; `load_in_8bit=True`,
                 `load_in_4bit=True` or a `quantization_config` quantise the base.
 
@@ -120,6 +128,9 @@ class ModelWithValueHead(ScoredByAdapter):
         """
         if taken := sorted(keys.keys() & {"key", "load"}):  # words of the loaders below
             raise ValueError(f"{taken[0]}: no argument of from_pretrained")
+        base, peft_config = pretrained_model_name_or_path, as_peft_config(peft_config)
+        if use_safetensors is False:
+            _log.warning("use_safetensors=False: safetensors are read all the same, and a pickle never is")
         own = {name: keys.pop(name) for name in cls.__init__.__kwdefaults__ if name in keys}
         dtype = torch_dtype if dtype is None else dtype
         if isinstance(base, nn.Module):
@@ -259,6 +270,7 @@ class AutoModelForCausalLMWithValueHead(ModelWithValueHead):
     """
 
     check, load = staticmethod(check_causal), staticmethod(load_causal)
+    transformers_parent_class = AutoModelForCausalLM
 
     def _positions(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> dict[str, Tensor]:
         if input_ids is None or attention_mask is None or attention_mask.ndim != 2:
@@ -274,3 +286,4 @@ class AutoModelForSeq2SeqLMWithValueHead(ModelWithValueHead):
     """
 
     check, load = staticmethod(check_seq2seq), staticmethod(load_seq2seq)
+    transformers_parent_class = AutoModelForSeq2SeqLM

@@ -1,8 +1,18 @@
 """Proximal policy optimisation: rollout, rewards, advantages, losses, trainer; read in this order."""
 
-from params.schema import PPOConfig
+from tasks.ppo.config import PPOConfig
 from tasks.ppo.lengths import LengthSampler
+from tasks.ppo.rewards import AdaptiveKLController, FixedKLController
 from tasks.ppo.stage import run
 from tasks.ppo.trainer import PPOTrainer
+from tasks.run.devices import seed_everything as set_seed
 
-__all__ = ["LengthSampler", "PPOConfig", "PPOTrainer", "run"]
+__all__ = [
+    "AdaptiveKLController",
+    "FixedKLController",
+    "LengthSampler",
+    "PPOConfig",
+    "PPOTrainer",
+    "run",
+    "set_seed",
+]

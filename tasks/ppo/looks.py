@@ -52,7 +52,7 @@ class Looks:
         decode_rows: int,
     ) -> None:
         self.trainer, self.reward_fn, self.judge, self.decode_rows = trainer, reward_fn, judge, decode_rows
-        monitor = trainer.config.monitor
+        monitor = trainer.config.thresholds
         self.limits = Thresholds(**monitor.model_dump(exclude={"responses"}))
         self.each = math.ceil(monitor.responses / len(held))
         self.prompts = [list(prompt) for prompt in held for _ in range(self.each)]

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from params.schema import PPOConfig
 from tasks.lm.generation import Responses, row_seeds
 from tasks.lm.prompt import without_eos
 from tasks.lm.reading import encode
 from tasks.lm.seq2seq import is_seq2seq
 from tasks.lm.switching import learnt, load_learnt
 from tasks.ppo.batch import check_tokens
+from tasks.ppo.config import PPOConfig
 from tasks.ppo.looks import HELD_OUT, OF_JUDGE, Looks
 from tasks.ppo.preflight import preflight
 from tasks.ppo.reward_functions import RewardFunction, scores_of, texts_of
@@ -23,6 +23,7 @@ from tasks.run import checkpoint
 from tasks.run.curve import Curve
 from tasks.run.devices import derive_seed
 from tasks.run.monitor.text import has_ended
+from tasks.run.progress import Progress
 
 if TYPE_CHECKING:
     from tasks.ppo.trainer import PPOTrainer
@@ -52,8 +53,9 @@ def train(
     checkpoint_updates: int = 10,
     decode_rows: int = 512,
     on_update: Callable[[int, dict[str, Any]], None] | None = None,
+    show_progress: bool = True,
 ) -> Curve:
-    """`trainer.config.updates` rollouts and updates.
+    """`trainer.config.total_ppo_epochs` rollouts and updates.
 
     Args:
         trainer: trained in place; in the end it holds the weights that `select` names.
@@ -68,9 +70,10 @@ def train(
         checkpoint_updates: updates between two of them.
         decode_rows: most rows sampled side by side.
         on_update: told the number of each update and its statistics.
+        show_progress: a bar on a terminal, a line every few seconds elsewhere, on stderr.
 
     Returns:
-        A row of statistics per update.
+        A row of statistics per update; printed, what became of each.
 
     Raises:
         ValueError: no prompt, one that is empty or too long (names it), what `preflight` found, or what
@@ -88,9 +91,23 @@ def train(
         for name, given in (("prompts", prompts), ("held_out", held_out))
     ]
     loop = Loop(trainer, reward_fn, rows[0], rows[1] or rows[0][:64], decode_rows, judge)
+    if show_progress:
+        on_update = _shown(trainer, on_update)
     loop.run(Path(folder) if folder else None, checkpoint_updates, on_update)
     loop.select()
     return loop.curve
+
+
+def _shown(trainer: PPOTrainer, on_update: Callable | None) -> Callable[[int, dict[str, Any]], None]:
+    """`on_update`, with progress on stderr."""
+    progress = Progress("ppo", trainer.config.total_ppo_epochs, done=trainer.updates)
+
+    def told(update: int, stats: dict[str, Any]) -> None:
+        progress.update(update, stats["tokens"], score=stats["ppo/mean_scores"], kl=stats["objective/kl"])
+        if on_update is not None:
+            on_update(update, stats)
+
+    return told
 
 
 def _tokens(trainer: PPOTrainer, name: str, given: Sequence | None, is_text: bool) -> list[list[int]]:
@@ -178,7 +195,7 @@ class Loop:
         if folder:
             trainer.restore = lambda: self.load_state_dict(checkpoint.latest(folder).state)
         try:
-            while trainer.updates < self.config.updates:
+            while trainer.updates < self.config.total_ppo_epochs:
                 stats = self.update()
                 if on_update is not None:
                     on_update(trainer.updates, stats)
@@ -206,7 +223,7 @@ class Loop:
         if trainer.updates != number + 1:
             return stats  # earlier weights returned, and their curve with them
         self.curve.add(number + 1, **{name: stats[key] for name, key in COLUMNS.items()})
-        if (number + 1) % config.eval_updates == 0 or number + 1 == config.updates:
+        if (number + 1) % config.eval_updates == 0 or number + 1 == config.total_ppo_epochs:
             stats |= self._look_at_held_out(number + 1)
         return stats
 

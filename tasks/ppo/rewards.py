@@ -78,6 +78,20 @@ class KLController:
             self.value *= 1 + error * responses / self.horizon
 
 
+class AdaptiveKLController(KLController):
+    """One with a target, under TRL's name and arguments."""
+
+    def __init__(self, init_kl_coef: float, target: float, horizon: int) -> None:
+        super().__init__(init_kl_coef, target, horizon)
+
+
+class FixedKLController(KLController):
+    """One that stays as it is, under TRL's name and argument."""
+
+    def __init__(self, kl_coef: float) -> None:
+        super().__init__(kl_coef, None, 1)
+
+
 class RunningMoments:
     """Mean and standard deviation of all scores so far (Chan et al. 1979), over all processes.
 

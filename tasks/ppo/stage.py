@@ -16,6 +16,7 @@ from tasks.lm.loading import load_causal, load_tokenizer
 from tasks.lm.products import use_onednn_products
 from tasks.lm.quantized import is_quantized, quantized_keys
 from tasks.lm.reward_adapter import ScoredByAdapter
+from tasks.ppo.config import PPOConfig
 from tasks.ppo.looks import HELD_OUT, OF_JUDGE
 from tasks.ppo.loop import Loop
 from tasks.ppo.reward_functions import RewardFunction, from_adapter, from_model
@@ -46,7 +47,7 @@ def prepare(params: Params, layout: Layout) -> tuple[Loop, object]:
     Raises:
         ValueError: no prompt, a reward model without its scores.json, or a quantised base where none can run.
     """
-    config, machine = params.ppo, params.machine
+    section, machine = params.ppo, params.machine
     device = use_device(machine.device, machine.threads)
     if machine.onednn and device.type == "cpu":
         use_onednn_products()
@@ -54,14 +55,13 @@ def prepare(params: Params, layout: Layout) -> tuple[Loop, object]:
     source = layout.artifact("sft", "model")
     tokenizer = load_tokenizer(source)
     causal = load_causal(source, **quantized_keys(params.model.quantize))
-    if config.lora_rank:
-        causal = add_adapter(causal, config.lora_rank, config.lora_alpha)
+    if section.lora_rank:
+        causal = add_adapter(causal, section.lora_rank, section.lora_alpha)
     policy = AutoModelForCausalLMWithValueHead(
-        causal, num_value_layers_unfrozen=config.num_value_layers_unfrozen
+        causal, num_value_layers_unfrozen=section.num_value_layers_unfrozen
     )
     trainer = PPOTrainer(
-        config, policy, tokenizer=tokenizer,
-        seed=params.seed, device=device,
+        PPOConfig.of_section(section, params.seed), policy, tokenizer=tokenizer, device=device,
         microbatch_rows=machine.microbatch_rows, trunk_megabytes=machine.trunk_megabytes,
     )  # fmt: skip
     reward_fn, judge = (reward_of(params, layout, n, causal, tokenizer, device) for n in ("model", "judge"))

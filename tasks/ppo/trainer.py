@@ -2,55 +2,79 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from params.schema import PPOConfig
-from tasks.lm.adapter_kinds import check_adapters
 from tasks.lm.checkpointing import recompute_blocks
-from tasks.lm.ends import ends_of, save_tokenizer
-from tasks.lm.forest import serve_forest, unwrapped
+from tasks.lm.ends import ends_of
+from tasks.lm.forest import serve_forest
 from tasks.lm.freezing import blocks_of, freeze_layers
 from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
-from tasks.lm.masked import alone, whiten
+from tasks.lm.masked import alone, masked_mean
 from tasks.lm.modes import in_evaluation
 from tasks.lm.optimizer import check_optimizer, make_optimizer
 from tasks.lm.precision import autocast
 from tasks.lm.reference import create_reference_model
 from tasks.lm.room import Room, speaking_room
-from tasks.lm.seq2seq import is_seq2seq, warn_of_start
+from tasks.lm.seq2seq import is_seq2seq, start_of, warn_of_start
 from tasks.lm.sequences import lay_out, read_responses
-from tasks.lm.switching import at_work, learnt, load_learnt, reference_adapters
+from tasks.lm.steering import Steering
+from tasks.lm.switching import at_work, reference_adapters
 from tasks.lm.trunk import Hydra
 from tasks.lm.value_head import ModelWithValueHead
-from tasks.ppo.advantages import gae
 from tasks.ppo.asking import Asked, asked_of
 from tasks.ppo.batch import Batch, check_batch, check_tokens
+from tasks.ppo.checks import (
+    causal_of,
+    check_lr_scheduler,
+    check_models,
+    check_own_optimizer,
+    check_value_layers,
+    vocabulary_of,
+)
+from tasks.ppo.config import PPOConfig
 from tasks.ppo.first_step import begins_as_reference
 from tasks.ppo.first_step import warn_of_start as warn_of_first_step
 from tasks.ppo.guard import SpikeGuard
+from tasks.ppo.keeping import Kept
 from tasks.ppo.losses import policy_loss, ratio_of, value_loss
-from tasks.ppo.rewards import KLController, RunningMoments, kl_estimate, token_rewards
+from tasks.ppo.rewards import AdaptiveKLController, FixedKLController, RunningMoments, kl_estimate
 from tasks.ppo.rollout import Rollout, observe
 from tasks.ppo.statistics import OF_TOKENS, Passes, moments_of, rollout_statistics, token_sums
+from tasks.ppo.trackers import make_accelerator, start_trackers
+from tasks.ppo.trl_calls import TRLCalls
 from tasks.run.devices import derive_seed
 from tasks.run.finite import check_weights
 from tasks.run.monitor.text import has_ended
-from tasks.run.tracking import check_tracker, track
 
+AT_START = {  # settings that are followed once, and what to write later instead
+    "learning_rate": "the rates in trainer.optimizer.param_groups", "init_kl_coef": "trainer.kl_ctl.value",
+    "seed": "trainer.seed", "adap_kl_ctrl": "trainer.kl_ctl", "target": "trainer.kl_ctl.target",
+    "horizon": "trainer.kl_ctl.horizon", "ratio_threshold": "trainer.guard.ratio_threshold",
+    "spike_factor": "trainer.guard.spike_factor", "max_skipped_steps": "trainer.guard.patience",
+    **dict.fromkeys(
+        (
+            "log_with", "optimizer", "adam_beta2", "weight_decay", "num_layers_unfrozen",
+            "num_value_layers_unfrozen", "tracker_kwargs", "accelerator_kwargs", "project_kwargs",
+            "tracker_project_name", "push_to_hub_if_best_kwargs", "remove_unused_columns",
+        ),
+        "",
+    ),
+}  # fmt: skip
 MOST_RETURNS = 8  # to earlier weights, before the training is given up
 _log = logging.getLogger(__name__)
 
 
-class PPOTrainer:
+class PPOTrainer(Kept, TRLCalls):
     """Proximal policy optimisation against scores from anywhere.
 
     One optimizer step takes `mini_batch_size × gradient_accumulation_steps` responses over all processes and
@@ -70,7 +94,8 @@ class PPOTrainer:
         num_shared_layers: without a `ref_model`: first layers that are frozen and that it shares in memory;
             `config.num_layers_unfrozen` counts from the other end.
         lr_scheduler: of `optimizer`, moved once per step.
-        seed: of sampling and minibatches where the configuration has none.
+        training_data_collator: TRL's, which pads rollouts; refused, for nothing is padded here.
+        seed: of sampling and minibatches; None: `config.seed`.
         device: for the models; None: what accelerate chooses.
         microbatch_rows: most rows in one forward; caps memory, changes nothing else.
         trunk_megabytes: most memory for what frozen first layers make of a rollout (H numbers for each
@@ -94,8 +119,9 @@ class PPOTrainer:
         data_collator: Callable | None = None,
         num_shared_layers: int | None = None,
         lr_scheduler: Any = None,
+        training_data_collator: None = None,
         *,
-        seed: int = 0,
+        seed: int | None = None,
         device: torch.device | str | None = None,
         microbatch_rows: int = 64,
         trunk_megabytes: int = 2048,
@@ -105,45 +131,40 @@ class PPOTrainer:
             raise ValueError(f"config must be a PPOConfig, not {type(config).__name__}")
         if microbatch_rows < 1:
             raise ValueError(f"microbatch_rows is {microbatch_rows}; a forward takes at least one row")
-        _check_models(model, ref_model, tokenizer)
+        check_models(model, ref_model, tokenizer)
+        check_own_optimizer(optimizer, model)
+        check_lr_scheduler(lr_scheduler)
         for name, each in (("model", model), ("ref_model", ref_model)):
             if each is not None:
                 check_weights(name, each)
-        _check_optimizer(optimizer, model)
-        check_tracker(config.log_with)
         check_optimizer(config.optimizer, "ppo.optimizer")
-        if config.lora_rank and not model.is_peft_model:
-            raise ValueError(
-                f"ppo.lora_rank is {config.lora_rank}, but the model has no adapter; put one on "
-                "(from_pretrained with peft_config), or leave ppo.lora_rank at 0"
-            )
-        self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == "cpu")
-        processes = self.accelerator.num_processes
-        for name in ("batch_size", "mini_batch_size"):
-            if getattr(config, name) % processes:
-                raise ValueError(
-                    f"ppo.{name} ({getattr(config, name)}) is not a multiple of {processes} processes"
-                )
-        self.batch_rows, self.mini_rows = config.batch_size // processes, config.mini_batch_size // processes
+        if training_data_collator is not None:
+            raise ValueError("training_data_collator: a step pads no responses; nothing is collated")
+        config.check()
+        check_value_layers(config.num_value_layers_unfrozen, model)
+        self.accelerator = make_accelerator(config, device is not None and torch.device(device).type == "cpu")
+        self._check_processes()
         self.device = torch.device(device) if device is not None else self.accelerator.device
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
-        self.ends = ends_of(_causal(model), tokenizer)  # tokens each of which ends a response
+        self.ends = ends_of(causal_of(model), tokenizer)  # tokens each of which ends a response
         self.ref_adapters: list[str] = []  # at work in the reference, where there is no ref_model
         self.ref_model = self._reference_of(ref_model, num_shared_layers)
         for served in (self.model, self.ref_model):
             if served is not None:
-                serve_forest(_causal(served))
+                serve_forest(causal_of(served))
         branch = self.model.v_head.branch
         self.hydra = Hydra.of(
-            _causal(self.model),
-            None if self.ref_model is None else _causal(self.ref_model),
+            causal_of(self.model),
+            None if self.ref_model is None else causal_of(self.ref_model),
             0 if branch is None else len(branch.blocks),
             trunk_megabytes * 2**20,
         )
-        self.seed = config.seed if config.seed is not None else seed
+        self.seed = config.seed if seed is None else seed
         self.microbatch_rows, self.updates, self.draws, self.returns = microbatch_rows, 0, 0, 0
-        self.kl_ctl = KLController(
-            config.init_kl_coef, config.target if config.adap_kl_ctrl else None, config.horizon
+        self.kl_ctl = (
+            AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+            if config.adap_kl_ctrl
+            else FixedKLController(config.init_kl_coef)
         )
         self.running = RunningMoments(self._total)
         self.guard = SpikeGuard(config.ratio_threshold, config.spike_factor, config.max_skipped_steps)
@@ -153,8 +174,36 @@ class PPOTrainer:
             self.model, config.optimizer, config.learning_rate, config.weight_decay,
             betas=(0.9, config.adam_beta2), key="ppo.optimizer",
         )  # fmt: skip
+        self.optimizer.optimizer = self.optimizer  # what accelerate's wrapper, which TRL has here, calls it
         self.lr_scheduler, self.dataset = lr_scheduler, dataset
-        self.dataloader = None if dataset is None else self._load(dataset, data_collator)
+        self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
+        self.push_to_hub_kwargs = config.push_to_hub_if_best_kwargs
+        if self.push_to_hub_kwargs and "repo_id" not in self.push_to_hub_kwargs:
+            raise ValueError("ppo.push_to_hub_if_best_kwargs: it has no repo_id to push to")
+        self.compare_step, self.highest_reward = 0, torch.tensor(-torch.inf, dtype=torch.float64)
+        config.world_size, config.is_peft_model = self.accelerator.num_processes, self.model.is_peft_model
+        config.is_encoder_decoder = is_seq2seq(causal_of(self.model))
+        self._started_with = {name: getattr(config, name) for name in AT_START}
+        start_trackers(self.accelerator, config)
+
+    def _check_config(self) -> None:
+        """Refuse what was written into the configuration since, where it cannot be followed.
+
+        Raises:
+            ValueError: one line that names the key.
+        """
+        self.config.check()
+        for name, value in self._started_with.items():
+            if (now := getattr(self.config, name)) != value:
+                hint = f"; write {AT_START[name]}" if AT_START[name] else ""
+                raise ValueError(f"ppo.{name} is {now!r:.40}, the trainer was made with {value!r:.40}{hint}")
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        processes = self.accelerator.num_processes
+        for name in ("batch_size", "mini_batch_size"):
+            if (size := getattr(self.config, name)) % processes:
+                raise ValueError(f"ppo.{name} ({size}) is not a multiple of {processes} processes")
 
     # ---- rollouts
 
@@ -176,8 +225,12 @@ class PPOTrainer:
             asked: lengths and the like; None: `response_tokens` tokens until eos.
         """
         asked = asked or self._asked({}, len(prompts))
+        speaker, steering = causal_of(self.model) if model is None else model, None
+        if asked.processors or asked.stop_strings:
+            before = [[start_of(speaker)]] * len(prompts) if is_seq2seq(speaker) else prompts
+            steering = Steering(before, asked.processors, asked.stop_strings, self.tokenizer)
         return generate(
-            _causal(self.model) if model is None else model,
+            speaker,
             prompts,
             max_tokens=asked.max_tokens,
             eos_id=asked.eos_id,
@@ -189,6 +242,7 @@ class PPOTrainer:
             min_tokens=asked.min_tokens,
             rows=rows,
             dtype=self.config.dtype,
+            steering=steering,
         )
 
     def generate(
@@ -208,13 +262,17 @@ class PPOTrainer:
             batch_size: most rows sampled side by side; None: 512. It changes no response.
             return_prompt: whether the prompt stands before its response; never where an encoder reads it.
             generate_ref_response: the reference's responses as well, of the same random numbers.
-            generation_kwargs: as in transformers: `max_new_tokens`, `min_new_tokens`, `min_length`,
-                `do_sample` (True unless told otherwise), `temperature` (that of the configuration), `top_k`,
-                `top_p`, `eos_token_id` (−1: never; of a list, each ends), `pad_token_id`.
+            generation_kwargs: as in transformers (:mod:`tasks.ppo.asking`): `max_new_tokens`,
+                `min_new_tokens`, `do_sample` (True unless told otherwise), `temperature` (that of the
+                configuration), `top_k` (0 unless told otherwise), `top_p`, `eos_token_id` (one or
+                several; −1: never), `num_return_sequences`, `stop_strings`, `repetition_penalty`,
+                `no_repeat_ngram_size`, `bad_words_ids`, `logits_processor`, `generation_config`; any
+                other one at its default.
 
         Returns:
-            A list of tensors [tokens], cut behind the first eos of the response; a tensor [1, tokens] where
-            one prompt came. With `generate_ref_response` a pair of these.
+            A list of tensors [tokens], cut behind the first eos of the response, those to one prompt side by
+            side; a tensor [responses, tokens] where one prompt came. With `generate_ref_response` a pair of
+            these.
 
         Raises:
             ValueError: a 2-D tensor, an empty or too long prompt (names the row), or an argument that this
@@ -225,14 +283,14 @@ class PPOTrainer:
         prompts = check_tokens("query_tensor", queries, self.vocabulary())
         if not prompts:
             raise ValueError("query_tensor is empty; generate needs at least one prompt")
-        lengths = None if length_sampler is None else [int(length_sampler()) for _ in prompts]
-        asked = self._asked(generation_kwargs, len(prompts), lengths)
-        room = self.room()
-        for i, (prompt, most) in enumerate(zip(prompts, asked.max_tokens, strict=True)):
+        self._check_config()
+        asked, room = self._asked(generation_kwargs, len(prompts), length_sampler), self.room()
+        prompts = [prompt for prompt in prompts for _ in range(asked.each)]
+        for row, (prompt, most) in enumerate(zip(prompts, asked.max_tokens, strict=True)):
             if not room.holds(len(prompt), most):
                 raise ValueError(
-                    f"query_tensor[{i}] has {len(prompt)} tokens and may get {most} more; the model has "
-                    f"room for {room}"
+                    f"query_tensor[{row // asked.each}] has {len(prompt)} tokens and may get {most} more; "
+                    f"the model has room for {room}"
                 )
         self.draws += 1
         seeds = row_seeds(derive_seed(self.seed, "ppo", f"generate/{self.rank}/{self.draws}"), len(prompts))
@@ -243,12 +301,13 @@ class PPOTrainer:
                     self._generated(prompts, seeds, batch_size or 512, ref_model, asked, return_prompt)
                 )
         if is_one:
-            found = [rows[0][None] for rows in found]
+            pad = self.tokenizer.pad_token_id
+            found = [pad_sequence(rows, batch_first=True, padding_value=pad) for rows in found]
         return tuple(found) if generate_ref_response else found[0]
 
     def _generated(self, prompts, seeds, rows, model, asked: Asked, return_prompt: bool) -> list[Tensor]:
         responses = self.sample(prompts, seeds, rows, model, asked).lists()
-        with_prompt = return_prompt and not is_seq2seq(_causal(self.model))
+        with_prompt = return_prompt and not is_seq2seq(causal_of(self.model))
         whole = [p + r if with_prompt else r for p, r in zip(prompts, responses, strict=True)]
         return [torch.tensor(ids, dtype=torch.long, device=self.device) for ids in whole]
 
@@ -276,7 +335,7 @@ class PPOTrainer:
     def reference(self) -> Iterator[nn.Module]:
         """The causal model that KL is measured to: `ref_model`, or the policy's base under `ref_adapters`."""
         if self.ref_model is not None:
-            yield _causal(self.ref_model)
+            yield causal_of(self.ref_model)
         else:
             with at_work(self.model.pretrained_model, self.ref_adapters) as causal:
                 yield causal
@@ -307,22 +366,21 @@ class PPOTrainer:
             ValueError: as :func:`tasks.ppo.batch.check_batch`; nothing has moved.
         """
         clock = _Clock()
-        room = self.room()
-        batch = check_batch(
-            queries, responses, scores, response_masks, self.batch_rows, self.vocabulary(), room
-        )
-        warn_of_start(_causal(self.model), batch.responses)
+        self._check_config()
+        given = self._step_safety_checker(self.batch_rows, queries, responses, scores, response_masks)
+        batch = check_batch(*given, self.batch_rows, self.vocabulary(), self.room())
+        warn_of_start(causal_of(self.model), batch.responses)
         seen = self.observe(batch.queries, batch.responses, batch.is_action)
         is_reference = self.updates == 0 and begins_as_reference(self)
         clock.lap("forward_pass")
         paid, price = self.shape(batch), self.kl_ctl.value
-        in_reward = price if self.config.kl_in == "reward" else 0.0
-        rewards = token_rewards(paid, seen.kl, seen.is_action, in_reward)
+        full = {"kl": seen.kl} if self.config.kl_penalty == "full" else {}
+        rewards, of_kl, kl = self.compute_rewards(
+            paid, seen.logprobs, seen.ref_logprobs, seen.is_action, **full
+        )
         clock.lap("compute_rewards")
-        if self.config.whiten_rewards:
-            rewards = whiten(rewards, seen.is_action, self._total, shift_mean=False)
-        advantages, returns = gae(rewards, seen.values, seen.is_action, self.config.gamma, self.config.lam)
-        advantages = whiten(advantages, seen.is_action, self._total)
+        values, advantages, returns = self.compute_advantages(seen.values, rewards, seen.is_action)
+        seen = replace(seen, kl=kl, values=values)
         clock.lap("compute_advantages")
         passes = self._improve(seen, advantages, returns)
         clock.lap("optimize_step")
@@ -331,6 +389,7 @@ class PPOTrainer:
         each = torch.stack([s.sum() for s in paid]) if isinstance(paid, list) else paid
         stats = rollout_statistics(seen, each, price, batch.queries, self._total) | passes.statistics()
         stats |= {
+            "ppo/mean_non_score_reward": masked_mean(of_kl, seen.is_action, self._total).item(),
             "ppo/learning_rate": self.optimizer.param_groups[0]["lr"],
             "ppo/steps_skipped": self.guard.skipped,
         }
@@ -340,6 +399,9 @@ class PPOTrainer:
         self.updates += 1
         if self.guard.is_lost:
             self._return()
+        self._push_if_best(each)
+        if self.config.optimize_device_cache and self.device.type == "cuda":
+            torch.cuda.empty_cache()
         clock.lap("calc_stats")
         return stats | clock.statistics()
 
@@ -385,7 +447,7 @@ class PPOTrainer:
                 if self.guard.is_lost:
                     return passes
             moved = passes.rows[-1]["policy/policykl"] if passes.rows else 0.0
-            if config.early_stopping and abs(moved) > 1.5 * config.target_kl:
+            if self._early_stop(moved):
                 break
         return passes
 
@@ -443,6 +505,7 @@ class PPOTrainer:
                 if config.kl_in == "loss":
                     kl_loss = self.kl_ctl.value * kl_estimate(logprobs - seen.ref_logprobs, config.kl_penalty)
                 loss = loss + policy + kl_loss
+            loss = self.token_loss(loss, logprobs, entropy, values, seen, advantages, returns)
             (loss.masked_fill(~mask, 0).sum() / count).backward()
         moved = (logprobs - seen.logprobs).detach()
         passes.ratios.append(ratio.detach()[mask])
@@ -475,17 +538,27 @@ class PPOTrainer:
     # ---- facts
 
     @property
+    def batch_rows(self) -> int:
+        """Responses of a rollout, of this process."""
+        return self.config.batch_size // self.accelerator.num_processes
+
+    @property
+    def mini_rows(self) -> int:
+        """Responses of a minibatch, of this process."""
+        return self.config.mini_batch_size // self.accelerator.num_processes
+
+    @property
     def rank(self) -> int:
         """Of this process."""
         return self.accelerator.process_index
 
     def vocabulary(self) -> int:
         """Tokens the model can say."""
-        return _vocabulary_of(self.model)
+        return vocabulary_of(self.model)
 
     def room(self) -> Room:
         """For a prompt and its response."""
-        return speaking_room(_causal(self.model))
+        return speaking_room(causal_of(self.model))
 
     def mean(self, values: Sequence[float]) -> float:
         """Mean over all processes."""
@@ -493,89 +566,21 @@ class PPOTrainer:
         total, count = self._total(summed).tolist()
         return total / max(count, 1)
 
-    # ---- the whole loop, what is kept, and what is told
+    # ---- the whole loop
 
     def train(self, prompts: Sequence, reward_fn: Callable, **keys: Any):
-        """`config.updates` rollouts and updates; see :func:`tasks.ppo.loop.train`."""
+        """`config.total_ppo_epochs` rollouts and updates; see :func:`tasks.ppo.loop.train`."""
         from tasks.ppo.loop import train
 
         return train(self, prompts, reward_fn, **keys)
-
-    def log_stats(
-        self,
-        stats: dict[str, Any],
-        batch: dict[str, Any],
-        rewards: Sequence[Tensor] | Tensor,
-        columns_to_log: Sequence[str] = ("query", "response"),
-    ) -> None:
-        """Write a step's statistics to `config.log_with`; scalars, and with wandb the texts in `batch`.
-
-        Raises:
-            ValueError: a column that `batch` does not have.
-        """
-        if missing := [name for name in columns_to_log if name not in batch]:
-            raise ValueError(f"columns_to_log: the batch has no {missing[0]}; it has {', '.join(batch)}")
-        scores = torch.stack([torch.as_tensor(r).float().reshape(-1).sum() for r in rewards]).to(self.device)
-        scores = self.accelerator.gather(scores)
-        if self.accelerator.is_main_process and self.config.log_with:
-            found = {k: float(v) for k, v in stats.items() if isinstance(v, int | float)}
-            found |= {
-                "env/reward_mean": scores.mean().item(),
-                "env/reward_std": scores.std(correction=0).item(),
-            }
-            rows = zip(*(batch[name] for name in columns_to_log), scores.tolist(), strict=False)
-            track(self.config.log_with, found, self.updates, [*columns_to_log, "reward"], list(rows))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """The model, with its value head in a file of its own, and the tokenizer; from one process."""
-        if self.accelerator.is_main_process:
-            self.model.save_pretrained(folder)
-            save_tokenizer(self.tokenizer, folder)
-
-    def push_to_hub(self, repo_id: str, **keys: Any) -> Any:
-        """Model and tokenizer to the Hub; `keys` as of the model's `push_to_hub`."""
-        if self.accelerator.is_main_process:
-            self.tokenizer.push_to_hub(repo_id, **keys)
-            return self.model.push_to_hub(repo_id, **keys)
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on; of a model under an adapter, what is not the base's."""
-        scheduler = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
-        return {
-            "model": learnt(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": scheduler,
-            "kl_coef": self.kl_ctl.value,
-            "running": self.running.state_dict(),
-            "guard": self.guard.state_dict(),
-            "updates": self.updates,
-            "draws": self.draws,
-            "returns": self.returns,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`.
-
-        Raises:
-            ValueError: it is of another model; nothing has moved.
-        """
-        load_learnt(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["scheduler"])
-        self.running.load_state_dict(state["running"])
-        self.guard.load_state_dict(state["guard"])
-        self.kl_ctl.value = state["kl_coef"]
-        self.updates, self.draws, self.returns = state["updates"], state["draws"], state["returns"]
 
     # ---- small things
 
     def _precision(self):
         return autocast(self.device, self.config.dtype)
 
-    def _asked(self, given: dict[str, Any], rows: int, lengths: Sequence[int] | None = None) -> Asked:
-        return asked_of(given, self.config, self.ends, self.vocabulary(), rows, lengths)
+    def _asked(self, given: dict[str, Any], rows: int, draw_length: Callable[[], int] | None = None) -> Asked:
+        return asked_of(given, self.config, self.ends, self.vocabulary(), rows, draw_length)
 
     def _total(self, values: Tensor) -> Tensor:
         """The sum over processes."""
@@ -593,7 +598,7 @@ class PPOTrainer:
 
     def _reference_of(self, ref_model, num_shared_layers: int | None):
         """The reference; layers that stay what they are get frozen in the policy."""
-        causal, unfrozen = _causal(self.model), self.config.num_layers_unfrozen
+        causal, unfrozen = causal_of(self.model), self.config.num_layers_unfrozen
         if unfrozen is not None and num_shared_layers is None:
             num_shared_layers = len(blocks_of(causal)) - unfrozen
             if num_shared_layers < 0:
@@ -611,12 +616,26 @@ class PPOTrainer:
             return None
         return create_reference_model(self.model, num_shared_layers)
 
-    def _load(self, dataset, collate):
+    def prepare_dataloader(self, dataset: Any, data_collator: Callable | None = None):
+        """Batches of `batch_size` over all processes, shuffled by the seed, without a remainder.
+
+        Args:
+            dataset: rows; of one of datasets' columns go as `remove_unused_columns` says.
+            data_collator: makes a batch of a list of rows; None: torch's.
+        """
         draw = torch.Generator().manual_seed(derive_seed(self.seed, "ppo", "dataset"))
+        rows = self._remove_unused_columns(dataset) if hasattr(dataset, "remove_columns") else dataset
         loader = torch.utils.data.DataLoader(
-            dataset, self.batch_rows, shuffle=True, drop_last=True, collate_fn=collate, generator=draw
+            rows, self.batch_rows, shuffle=True, drop_last=True, collate_fn=data_collator, generator=draw
         )
         return self.accelerator.prepare(loader)
+
+    def _remove_unused_columns(self, dataset: Any) -> Any:
+        """Without the columns that are no argument of the model and none of label, query and response."""
+        if not self.config.remove_unused_columns:
+            return dataset
+        kept = {*inspect.signature(self.model.forward).parameters, "label", "query", "response"}
+        return dataset.remove_columns([name for name in dataset.column_names if name not in kept])
 
 
 class _Clock:
@@ -632,47 +651,3 @@ class _Clock:
 
     def statistics(self) -> dict[str, float]:
         return self.laps | {"time/ppo/total": self.last - self.start}
-
-
-def _causal(model: nn.Module) -> nn.Module:
-    """The language model of one with a value head; another one as it is."""
-    return getattr(model, "pretrained_model", model)
-
-
-def _vocabulary_of(model: nn.Module) -> int:
-    return unwrapped(_causal(model)).get_output_embeddings().weight.shape[0]
-
-
-def _check_models(model, ref_model, tokenizer) -> None:
-    if not isinstance(model, ModelWithValueHead):
-        raise ValueError(
-            "model must be an AutoModelForCausalLMWithValueHead or AutoModelForSeq2SeqLMWithValueHead, not "
-            f"{type(model).__name__}"
-        )
-    for name in ("eos_token_id", "pad_token_id"):
-        if getattr(tokenizer, name, None) is None:
-            raise ValueError(f"tokenizer: it has no {name}")
-    if ref_model is None:
-        return
-    other = unwrapped(_causal(ref_model)) if isinstance(ref_model, nn.Module) else None
-    if getattr(other, "get_output_embeddings", lambda: None)() is None:
-        raise ValueError(f"ref_model must be a language model, not {type(ref_model).__name__}")
-    check_adapters(_causal(ref_model), "ref_model")
-    if _causal(ref_model) is _causal(model):
-        raise ValueError("ref_model is the model itself, which would move with it; leave it out for a copy")
-    names = [type(unwrapped(_causal(each))).__name__ for each in (model, ref_model)]
-    if is_seq2seq(_causal(model)) != is_seq2seq(_causal(ref_model)):
-        raise ValueError(f"ref_model is a {names[1]}, the model a {names[0]}; one of both has an encoder")
-    own, other = _vocabulary_of(model), _vocabulary_of(ref_model)
-    if own != other:
-        raise ValueError(f"ref_model has a vocabulary of {other} tokens, the model one of {own}")
-
-
-def _check_optimizer(optimizer, model: nn.Module) -> None:
-    """One that moves another model would let this one stand still, and say nothing."""
-    if optimizer is None:
-        return
-    held = [p for group in getattr(optimizer, "param_groups", []) for p in group["params"]]
-    own = set(map(id, model.parameters()))
-    if not any(id(p) in own for p in held):
-        raise ValueError("optimizer holds none of the model's parameters; nothing would be learnt")

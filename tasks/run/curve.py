@@ -52,6 +52,20 @@ class Curve:
         """Every row, by step, `step` first; columns without a value are left out."""
         return [{"step": step, **self._rows[step]} for step in sorted(self._rows)]
 
+    def __repr__(self) -> str:
+        """Each column from its first value to its last, with the step of each."""
+        steps = sorted(self._rows)
+        if not steps:
+            return "Curve without a row"
+        lines = [f"Curve of {len(steps)} steps, {steps[0]} to {steps[-1]}"]
+        wide = max(map(len, self.columns), default=0)
+        for column in self.columns:
+            at, values = self.points(column)
+            if at:
+                change = f"{values[0]:.4g} -> {values[-1]:.4g}" if len(at) > 1 else f"{values[0]:.4g}"
+                lines.append(f"  {column:<{wide}}  {change}")
+        return "\n".join(lines)
+
     def points(self, column: str) -> tuple[list[int], list[float]]:
         """Steps and values of one column, where it has any."""
         known = [row for row in self.rows if column in row]

@@ -30,9 +30,11 @@ class StageResult:
 
     Attributes:
         metrics: name -> value, for artifacts/<stage>/metrics.json and MLflow; nothing timed, no ids.
+        note: what the closing line says beside them.
     """
 
     metrics: dict[str, float]
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

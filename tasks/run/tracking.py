@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.run import moved
 from tasks.run.files import write_json
 from tasks.run.layout import EXPERIMENT_VARIABLE, Layout, content_hash
 from tasks.run.locks import held
@@ -26,7 +27,7 @@ from tasks.run.ranks import is_first
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EXPERIMENT = "stackrl"
+EXPERIMENT, STORE = "stackrl", "mlflow.db"
 PARENT_VARIABLE = "STACKRL_PARENT_RUN_ID"
 PIPELINE_FILES = ("params.yaml", "dvc.yaml", "dvc.lock")
 ENVIRONMENT = {
@@ -34,8 +35,13 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # 7 of them take four minutes
 }
+QUIETER = {  # fifty lines about a new sqlite file, and as many about an error that is raised as well
+    "alembic": logging.WARNING,
+    "mlflow.store.db.utils": logging.CRITICAL,
+}
 SECONDS_TO_CONNECT = 3.0
 SECONDS_BETWEEN_WRITES = 2.0  # one write costs 3 ms in sqlite, more over HTTP
+OTHER_PACKAGES = {"tensorboard": ("tensorboardX",)}  # that serve a tracker as well
 BATCH = 100  # MLflow takes as many params, and ten times as many metrics, in one call
 _log = logging.getLogger(__name__)
 
@@ -120,39 +126,40 @@ def log_tag(name: str, text: str) -> None:
         _active.attempt(_active.client.set_tag, _active.id, name, text)
 
 
-def check_tracker(name: str | None) -> None:
+def check_tracker(name: str) -> None:
     """Refuse a tracker that is not installed.
 
     Raises:
-        ValueError: `name` (mlflow, wandb, or None for none) cannot be imported.
+        ValueError: the package of this name cannot be imported.
     """
-    if name is not None and find_spec(name) is None:
+    if not any(find_spec(package) for package in (name, *OTHER_PACKAGES.get(name, ()))):
         raise ValueError(f"log_with is {name}, which is not installed")
 
 
-def track(name: str, values: Mapping[str, float], step: int, columns: list[str], rows: list[tuple]) -> None:
-    """Metrics of a trainer that is used without a stage, in the caller's own run.
+def has_open_run() -> bool:
+    """Whether there is a run to track in: a stage's, or one that the caller has opened with mlflow."""
+    return _active is not None or _mlflow().active_run() is not None
+
+
+def track(values: Mapping[str, float], step: int) -> None:
+    """Metrics of a trainer that is used without a stage: to an open run of a stage, else to mlflow's.
 
     Args:
-        name: mlflow (a stage's run where one is open, else mlflow's active run) or wandb.
         values: finite or not.
         step: of the training.
-        columns: of a table, which wandb alone shows.
-        rows: of the table.
     """
-    if name == "wandb":
-        import wandb
-
-        table = {"game_log": wandb.Table(columns=columns, rows=[list(row) for row in rows])} if rows else {}
-        wandb.log({**values, **table}, step=step)
-    elif _active:
+    if _active:
         _active.add(values, step)
     else:
-        for variable, value in ENVIRONMENT.items():
-            os.environ.setdefault(variable, value)
-        import mlflow
+        _mlflow().log_metrics(dict(values), step=step)
 
-        mlflow.log_metrics(dict(values), step=step)
+
+def _mlflow():
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    import mlflow
+
+    return mlflow
 
 
 def log_artifact(path: Path, folder: str = "") -> None:
@@ -192,8 +199,10 @@ def parent_run(name: str, tags: Mapping[str, str]) -> str:
     layout = Layout.here()
     client = connect(layout)
     tags = {**git_tags(layout.root), **_place_tags(layout), **tags}
-    run_id = client.create_run(experiment(client, layout), run_name=name, tags=tags).info.run_id
-    _log_pipeline_files(client, run_id, layout)
+    kept_in = experiment(client, layout)
+    with _named(layout, "takes no run"):
+        run_id = client.create_run(kept_in, run_name=name, tags=tags).info.run_id
+        _log_pipeline_files(client, run_id, layout)
     return run_id
 
 
@@ -229,34 +238,65 @@ def run_link(run_id: str) -> str:
 
 def tracking_uri(layout: Layout) -> str:
     """MLFLOW_TRACKING_URI, or the sqlite file in the layout's home."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{layout.home / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{layout.home / STORE}"
+
+
+def own_store(layout: Layout) -> Path | None:
+    """The sqlite file in the layout's home, made or not; None where another store is asked for."""
+    path = layout.home / STORE
+    return path if tracking_uri(layout) == f"sqlite:///{path}" else None
 
 
 def preflight() -> None:
-    """`connect`, for its ConnectionError."""
-    connect(Layout.here())
+    """Whether runs can be logged; raises what `connect` and `experiment` raise."""
+    layout = Layout.here()
+    experiment(connect(layout), layout)
 
 
 def connect(layout: Layout) -> MlflowClient:
-    """A client of the layout's store; ConnectionError, in seconds and naming it, when it does not answer."""
+    """A client of the layout's store, whose own places follow a home that was moved or copied.
+
+    Raises:
+        ConnectionError: it does not answer; in seconds, in one line that names it.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in ("alembic", "mlflow.store.db.utils"):  # fifty lines about a new sqlite file
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name, level in QUIETER.items():
+        logging.getLogger(name).setLevel(level)
     uri = tracking_uri(layout)
-    try:
+    with _named(layout, "does not answer"):
         if uri.startswith("http"):
             _knock(without_secrets(uri).rstrip("/"))
+        elif (store := own_store(layout)) is not None:
+            layout.home.mkdir(parents=True, exist_ok=True)
+            for place in moved.follow(store, layout.home):
+                _log.warning("MLflow: this folder stood at %s; %s now says where it stands", place, STORE)
+        else:
+            _check_folder(uri)
         from mlflow import MlflowClient
 
-        layout.home.mkdir(parents=True, exist_ok=True)
         with _alone_with(uri):
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_experiments(max_results=1)
-    except Exception as error:
-        line = f"MLflow at {without_secrets(uri)} does not answer: {one_line(error)}"
-        raise ConnectionError(line) from None
     return client
+
+
+@contextmanager
+def _named(layout: Layout, what: str) -> Iterator[None]:
+    """Errors of MLflow as one line that names the store and keeps its password."""
+    try:
+        yield
+    except Exception as error:
+        line = f"MLflow at {without_secrets(tracking_uri(layout))} {what}: {one_line(error)}"
+        raise ConnectionError(line) from None
+
+
+def _check_folder(uri: str) -> None:
+    """SQLAlchemy tries a file in a missing folder again and again, for minutes."""
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:///file:"):
+        folder = Path(uri.removeprefix("sqlite:///").partition("?")[0]).parent
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}")
 
 
 def _alone_with(uri: str) -> AbstractContextManager:
@@ -274,14 +314,30 @@ def _knock(server: str) -> None:
 
 
 def experiment(client: MlflowClient, layout: Layout) -> str:
-    """The id of the experiment `stackrl`, made if need be; artifacts go to home/mlartifacts or the server."""
+    """The id of the experiment `stackrl`, made or restored if need be.
+
+    Artifacts go to home/mlartifacts or the server.
+
+    Raises:
+        ConnectionError: it cannot be made or restored; one line.
+    """
     from mlflow.exceptions import MlflowException
 
-    if not client.get_experiment_by_name(EXPERIMENT):
-        is_server = tracking_uri(layout).startswith(("http", "databricks"))
-        with suppress(MlflowException):  # another stage may be faster
-            client.create_experiment(EXPERIMENT, None if is_server else f"{layout.home.as_uri()}/mlartifacts")
-    return client.get_experiment_by_name(EXPERIMENT).experiment_id
+    with _named(layout, f"has no experiment {EXPERIMENT}"):
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if not found:
+            is_server = tracking_uri(layout).startswith(("http", "databricks"))
+            place = None if is_server else f"{layout.home.as_uri()}/{moved.ARTIFACTS}"
+            try:
+                return client.create_experiment(EXPERIMENT, place)
+            except MlflowException:  # another stage may be faster
+                if not (found := client.get_experiment_by_name(EXPERIMENT)):
+                    raise
+    if found.lifecycle_stage == "deleted":
+        with _named(layout, f"keeps the experiment {EXPERIMENT} as deleted and does not restore it"):
+            client.restore_experiment(found.experiment_id)
+        _log.warning("MLflow: the experiment %s was deleted; it is restored, with its runs", EXPERIMENT)
+    return found.experiment_id
 
 
 def _open(stage: str, params: Mapping[str, Any], layout: Layout) -> _Run:
@@ -291,11 +347,13 @@ def _open(stage: str, params: Mapping[str, Any], layout: Layout) -> _Run:
     tags |= {"stackrl.stage": stage, "stackrl.fingerprint": layout.fingerprint(stage), **_place_tags(layout)}
     parent = os.environ.get(PARENT_VARIABLE)
     tags |= {"mlflow.parentRunId": parent} if parent else {"stackrl.execution": execution()}
-    if (run_id := _reopen(client, note, tags)) is None:
-        run_id = client.create_run(experiment(client, layout), run_name=stage, tags=tags).info.run_id
-        write_json(note, {"run_id": run_id})
-    _log_params(client, run_id, params)
-    return _Run(client, run_id)
+    kept_in = experiment(client, layout)
+    with _named(layout, "takes no run"):
+        if (run_id := _reopen(client, note, tags)) is None:
+            run_id = client.create_run(kept_in, run_name=stage, tags=tags).info.run_id
+            write_json(note, {"run_id": run_id})
+        _log_params(client, run_id, params)
+        return _Run(client, run_id)
 
 
 def _place_tags(layout: Layout) -> dict[str, str]:

@@ -25,6 +25,8 @@ def order(tmp_path) -> steps.Order:
         (("Stage 'ppo' didn't change, skipping", "Data and pipelines are up to date."), "Unchanged"),
         (("Stage 'ppo' is cached - skipping run, checking out outputs",), "Restored"),
         (("Running stage 'ppo':", "> python -m tasks ppo"), "Ran"),
+        (("Running stage 'ppo':", "stackrl: ppo: models 3; all registered before, up to date"), "Unchanged"),
+        (("Running stage 'ppo':", "stackrl: ppo: models 3", "Data and pipelines are up to date"), "Ran"),
     ],
 )
 def test_a_good_end_says_what_dvc_did(order, lines, name):
@@ -69,18 +71,6 @@ def test_the_command_waits_for_the_lock_and_runs_one_stage(order):
     assert steps.command(order)[1:] == ["-m", "dvc", "--wait-for-lock", "repro", "--single-item", "ppo"]
     forced = steps.Order(order.layout, "ppo", True, None, "")
     assert steps.command(forced)[-1] == "--force"
-
-
-@pytest.mark.parametrize(("is_missing", "is_locked"), [(True, True), (True, False), (False, True)])
-def test_register_is_forced_when_the_registry_lost_its_models(order, monkeypatch, is_missing, is_locked):
-    """Before the first run there is nothing to be lost: DVC runs it anyway."""
-    (order.layout.root / "params.yaml").write_text("register: {prefix: ours}")
-    monkeypatch.setattr(steps.register, "missing", lambda layout, prefix: is_missing and prefix == "ours")
-    if is_locked:
-        (order.layout.root / "dvc.lock").write_text("stages: {register: {cmd: x}, ppo: {cmd: x}}")
-    last = steps.Order(order.layout, "register", False, None, "")
-    assert ("--force" in steps.command(last)) == (is_missing and is_locked)
-    assert "--force" not in steps.command(order)
 
 
 def test_the_stage_sees_this_python_first_and_the_parent_run(order, monkeypatch):

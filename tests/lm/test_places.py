@@ -79,6 +79,6 @@ def test_a_reward_function_cuts_at_the_end(kind, tmp_path):
     assert tiny.far(from_model(model, known)([long], closing), wanted) < 1e-6
     folder = tiny.save(model, tmp_path / "model")
     assert tiny.far(from_model(folder, known)([long], closing), wanted) < 1e-6
-    assert tiny.far(from_model(folder, tiny.encoder_tokenizer())([[9] * 90], [[7, 8]]), wanted) >= 0
+    assert from_model(folder, tiny.encoder_tokenizer())([[9] * 90], [[7, 8]]).isfinite().all()
     pipe = pipeline("text-classification", model=model, tokenizer=known)
     assert tiny.far(from_pipeline(pipe)([long], closing), wanted) < 1e-5

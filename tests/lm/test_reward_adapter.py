@@ -185,6 +185,19 @@ def test_plain_peft_takes_no_part_for_the_whole(tmp_path):
             Valued.from_pretrained(tmp_path / "saved")
 
 
+def test_a_reward_adapter_of_several_labels_gives_each(tmp_path):
+    base = saved_base(tmp_path / "base")
+    scorer = saved_scorer(tmp_path / "reward", base, num_labels=2)
+    policy = Valued.from_pretrained(base, peft_config=lora(), reward_adapter=tmp_path / "reward")
+    ids = torch.tensor([[5, 6, 7, 8], [9, 4, 0, 0]])
+    found = policy.compute_reward_score(ids, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
+    with torch.no_grad():
+        wanted = [scorer(input_ids=row[None]).logits[0] for row in (ids[0], ids[1, :2])]
+    assert found.shape == (2, 4, 2) and tiny.far(found[:, -1], torch.stack(wanted)) < 1e-5
+    with pytest.raises(ValueError, match="the reward adapter has 2 labels; a score is one"):
+        policy.score_documents([[5, 6]])
+
+
 def test_a_reward_adapter_that_does_not_fit_is_refused(tmp_path):
     """And says what to do; the policy stays what it was."""
     base = saved_base(tmp_path / "base")
@@ -193,7 +206,6 @@ def test_a_reward_adapter_that_does_not_fit_is_refused(tmp_path):
     gpt = saved_base(tmp_path / "gpt2", "gpt2")
     for name, on in (("other", other), ("wide", wide), ("gpt2", gpt)):
         saved_scorer(tmp_path / f"reward-{name}", on)
-    saved_scorer(tmp_path / "labels", base, num_labels=2)
     saved_policy(tmp_path / "headless", base)
     policy = Valued.from_pretrained(base, peft_config=lora(target_modules=["q_proj"]))
     before = copied(policy)
@@ -207,9 +219,8 @@ def test_a_reward_adapter_that_does_not_fit_is_refused(tmp_path):
         assert same_state(policy, before) and not policy.supports_rm_adapter
 
     refused(tmp_path / "reward-other", r"is of the base .*other, the model is .*base; load .*other")
-    refused(tmp_path / "reward-wide", r"over 32 numbers; one label over 16 is wanted")
+    refused(tmp_path / "reward-wide", r"over 32 numbers; one over 16 is wanted")
     refused(tmp_path / "reward-gpt2", r"another base: the model has no layer transformer\.h\.0", blank=True)
-    refused(tmp_path / "labels", "score head of 2 labels")
     refused(tmp_path / "headless", "has no score head; it must be trained as sequence classification")
     refused(tmp_path / "base", r"there is no adapter_config\.json in .*base")
     tensors = load_file(tmp_path / "reward-other" / "adapter_model.safetensors")

@@ -511,3 +511,48 @@ def test_checkpoints_of_trl_itself(tmp_path, caplog):
     assert (tmp_path / "adapter" / PICKLE).is_file() and "never read" not in caplog.text
     assert not Valued.from_pretrained(tmp_path / "adapter")(IDS)[2].any()
     assert "never read" in caplog.text
+
+
+# ---- what TRL's and trlX's users read and give
+
+
+def test_attributes_are_the_language_models():
+    model = policy()
+    inside = model.pretrained_model
+    assert model.device == inside.device and model.dtype == torch.float32
+    model.generation_config = GenerationConfig(max_new_tokens=3)
+    assert inside.generation_config.max_new_tokens == 3 == model.generation_config.max_new_tokens
+    assert model.resize_token_embeddings(40).num_embeddings == 40
+    assert model(IDS)[0].shape == (2, 4, 40) and model.get_input_embeddings().num_embeddings == 40
+    assert "lm_head" in model.lm_head_namings and Valued.transformers_parent_class is AutoModelForCausalLM
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = model.nothing
+
+
+def test_a_whole_state_gives_the_head_back():
+    model, other = policy(), Valued(tiny.causal())
+    other.post_init(model.state_dict())
+    assert torch.equal(other(IDS)[2], model(IDS)[2])
+
+
+def test_a_model_from_a_configuration_and_an_adapter_from_a_mapping():
+    config = tiny.config_of("llama")
+    made = Valued.from_config(config, num_value_layers_unfrozen=1)
+    assert len(made.v_head.branch.blocks) == 1 and made.config is config
+    given = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    adapted = Valued.from_pretrained(tiny.causal(), peft_config=given)
+    assert adapted.is_peft_model and adapted.pretrained_model.active_peft_config.r == 2
+    for wrong, words in (
+        ({"r": 2}, "peft_config: it has no peft_type"),
+        ({"peft_type": "LORA", "rank": 2}, "peft_config: .*rank"),
+        ({"peft_type": "LORRA"}, "peft_config: .*LORRA"),
+        ("lora", "peft_config must be a PeftConfig or a mapping, not str"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Valued.from_pretrained(tiny.causal(), peft_config=wrong)
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_use_safetensors_is_always_true(tmp_path, caplog, given):
+    found = Valued.from_pretrained(saved(tmp_path), use_safetensors=given)
+    assert isinstance(found, Valued) and ("a pickle never is" in caplog.text) is (given is False)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import tiny
 import torch
 
-from params.schema import PPOConfig
 from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.lm.value_head import ModelWithValueHead
-from tasks.ppo import PPOTrainer
+from tasks.ppo import PPOConfig, PPOTrainer
 
 DROPOUT = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}
 CONFIG = {

@@ -19,10 +19,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from params.schema import PPOConfig
 from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.lm.generation import row_seeds
-from tasks.ppo import PPOTrainer
+from tasks.ppo import PPOConfig, PPOTrainer
 from tasks.run.curve import Curve
 from tasks.sft import PackedRow, SFTConfig, SFTTrainer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from params.schema import PPOConfig
+from tasks.ppo import PPOConfig
 from tasks.ppo.asking import Asked, asked_of
 
 CONFIG = PPOConfig(response_tokens=6, temperature=0.7)
@@ -33,15 +33,16 @@ def test_each_argument_is_heard_and_none_is_taken_from_the_caller():
     [(0, {}, 0), (31, {}, 31), (32, {}, None), (-1, {}, None), (1, {"eos_token_id": 2}, 2),
      (1, {"eos_token_id": [2]}, 2), (1, {"eos_token_id": (2,)}, 2), (1, {"eos_token_id": -1}, None),
      (1, {"eos_token_id": None}, None), (1, {"eos_token_id": [1, 2]}, (1, 2)), ((1, 3), {}, (1, 3)),
-     ((1, 3), {"eos_token_id": 2}, 2), ((1, 32), {}, 1), (1, {"eos_token_id": (2, -1, 40, 3)}, (2, 3))],
+     ((1, 3), {"eos_token_id": 2}, 2), ((1, 32), {}, 1), (1, {"eos_token_id": (2, -1, 40, 3)}, (2, 3)),
+     (1, {"eos_token_id": [2, 5, 2, 99]}, (2, 5))],
 )  # fmt: skip
 def test_which_token_ends_a_response(own, given, wanted):
     assert asked(eos_id=own, **given).eos_id == wanted
 
 
-@pytest.mark.parametrize("wrong", [[], [[1]], "</s>", ["</s>"], 1.0])
+@pytest.mark.parametrize("wrong", [[], [[1]], [1, "a"], "</s>", ["</s>"], 1.0])
 def test_what_is_no_eos(wrong):
-    with pytest.raises(ValueError, match="eos_token_id must be a token or a list of some, not"):
+    with pytest.raises(ValueError, match="eos_token_id must be a token or several, not"):
         asked(eos_token_id=wrong)
 
 
@@ -59,8 +60,13 @@ def test_what_changes_nothing_is_taken(harmless):
     ("given", "words"),
     [
         ({"num_beams": 2}, "num_beams=2 is not known"),
-        ({"num_return_sequences": 2}, "num_return_sequences=2 is not known"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1 is not known"),
+        ({"num_beams": 2}, "beam search draws from no distribution"),
+        ({"num_return_sequences": 0}, "num_return_sequences must be a whole number from 1, not 0"),
+        ({"repetition_penalty": -1.0}, "penalty.* has to be a strictly positive"),
+        ({"stop_strings": ["a", ""]}, "stop_strings must be texts"),
+        ({"generation_config": {}}, "generation_config must be a GenerationConfig, not dict"),
+        ({"attention_mask": [1]}, "attention_mask=.*none is padded"),
+        ({"max_new_token": None}, "max_new_token=None is not known"),
         ({"use_cache": False}, "use_cache=False is not known"),
         ({"typical_p": 0.9}, "typical_p=0.9 is not known"),
         ({"remove_padding": False}, "remove_padding=False is not known"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import made_trainers
 import pytest
@@ -101,7 +102,7 @@ def first_step(ppo, caplog, seed=0) -> list[str]:
 @pytest.mark.parametrize("way", ["copy", "own reference", "adapter trained on"])
 def test_a_sound_first_step_says_nothing(way, dtype, caplog):
     ppo = made(way)
-    ppo.config = ppo.config.model_copy(update={"dtype": dtype})
+    ppo.config = replace(ppo.config, dtype=dtype)
     assert first_step(ppo, caplog) == []
 
 

@@ -189,7 +189,7 @@ def test_the_optimizer_by_its_name(folders, name, kind):
 
 
 def test_what_cannot_be_is_refused(folders):
-    with pytest.raises(ValueError, match=r"ppo\.lora_rank is 4, but the model has no adapter; put one on"):
+    with pytest.raises(TypeError, match="lora_rank"):  # of the params section; a script gives peft_config
         trainer(lora_rank=4)
     with pytest.raises(ValueError, match=r"ppo\.optimizer: adamw_8bit needs a GPU.*take adamw"):
         trainer(optimizer="adamw_8bit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
 import made_trainers
 import numpy
@@ -14,10 +15,9 @@ from made_trainers import batch, first_gradients, is_still, trainer, weights
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from params.schema import PPOConfig
 from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.lm.generation import row_seeds
-from tasks.ppo import LengthSampler, PPOTrainer
+from tasks.ppo import LengthSampler, PPOConfig, PPOTrainer
 
 QUICKSTART = """
 # 0. imports
@@ -156,11 +156,10 @@ def test_greedy_is_not_sampled():
     [
         ({"temperature": 0.7}, r"temperature is 0\.7, but .* ppo\.temperature, 1\.0"),
         ({"num_beams": 4}, "num_beams=4 is not known"),
-        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is not known"),
         ({"max_length": 20}, "give max_new_tokens; max_length counts the prompt"),
         ({"min_length": 4}, "give min_new_tokens"),
-        ({"eos_token_id": []}, "eos_token_id must be a token or a list of some, not"),
-        ({"eos_token_id": "</s>"}, "eos_token_id must be a token or a list of some, not '</s>'"),
+        ({"eos_token_id": []}, "eos_token_id must be a token or several, not"),
+        ({"eos_token_id": "</s>"}, "eos_token_id must be a token or several, not '</s>'"),
         ({"max_new_tokens": 0}, "at least one new token, not 0"),
         (
             {"max_new_tokens": 70},
@@ -390,7 +389,6 @@ def test_rewards_of_tokens_stay_as_they_came():
         ({"kl_in": "loss"}, "kl cannot be paid in the loss"),
         ({"kl_in": "loss", "kl_penalty": "full"}, "full cannot be paid in the loss"),
         ({"use_score_norm": True}, "needs ppo.use_score_scaling"),
-        ({"learning_rat": 1.0}, "learning_rat"),
     ],
 )
 def test_what_the_configuration_refuses(keys, message):
@@ -398,46 +396,7 @@ def test_what_the_configuration_refuses(keys, message):
         PPOConfig(**keys)
 
 
-def test_the_configuration_takes_what_trls_users_write():
-    with pytest.warns(UserWarning, match="model_name, tracker_project_name: of no effect here"):
-        config = PPOConfig(
-            model_name="gpt2", tracker_project_name="x", steps=1000, batch_size=64, mini_batch_size=64
-        )
-    assert config.updates == config.total_ppo_epochs == 16
-    assert PPOConfig(batch_size=8, forward_batch_size=4).mini_batch_size == 4
-    known = PPOConfig()
-    defaults = {
-        "learning_rate": 1.41e-5, "init_kl_coef": 0.2, "target": 6.0, "horizon": 10000, "lam": 0.95,
-                "gamma": 1.0, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "batch_size": 128,
-                "mini_batch_size": 128, "ppo_epochs": 4, "max_grad_norm": None, "target_kl": 1.0,
-                "ratio_threshold": 10.0, "kl_penalty": "kl", "adap_kl_ctrl": True, "early_stopping": False,
-    }  # fmt: skip
-    assert {name: getattr(known, name) for name in defaults} == defaults, "those of TRL 0.11.4"
-
-
 # ---- tracking and keeping
-
-
-def test_statistics_go_to_the_tracker_of_the_configuration(monkeypatch):
-    told = []
-    monkeypatch.setattr("tasks.ppo.trainer.track", lambda *given: told.append(given))
-    made = trainer(log_with="mlflow")
-    stats = made.step(*batch())
-    made.log_stats(
-        stats, {"query": ["a"] * 8, "response": ["b"] * 8}, [torch.tensor(float(n)) for n in range(8)]
-    )
-    name, values, step, columns, rows = told[0]
-    assert (name, step, columns) == ("mlflow", 1, ["query", "response", "reward"]) and rows[3] == (
-        "a",
-        "b",
-        3.0,
-    )
-    assert values["env/reward_mean"] == 3.5 and values["objective/kl"] == stats["objective/kl"]
-    assert all(isinstance(value, float) for value in values.values())
-    with pytest.raises(ValueError, match="columns_to_log: the batch has no response; it has query"):
-        made.log_stats(stats, {"query": []}, [])
-    trainer().log_stats(stats, {"query": [], "response": []}, torch.zeros(8))
-    assert len(told) == 1, "none by default"
 
 
 def test_mlflow_really_gets_them(tmp_path, monkeypatch):
@@ -469,14 +428,52 @@ def test_what_is_saved_loads_with_plain_transformers(tmp_path):
     assert (tmp_path / "tokenizer.json").is_file()
 
 
-def test_the_hub_gets_model_and_tokenizer(monkeypatch):
-    made, pushed = trainer(), []
-    made.tokenizer = type(
-        "T", (), {"push_to_hub": lambda self, *a, **k: pushed.append(("tokenizer", a, k))}
-    )()
-    monkeypatch.setattr(type(made.model), "push_to_hub", lambda self, *a, **k: pushed.append(("model", a, k)))
-    made.push_to_hub("me/policy", private=True)
-    assert pushed == [(what, ("me/policy",), {"private": True}) for what in ("tokenizer", "model")]
+@pytest.fixture
+def hub(monkeypatch):
+    """What is pushed: where to, with which arguments, and the files."""
+    pushed = []
+
+    class Api:
+        def __init__(self, token=None):
+            self.token = token
+
+        def create_repo(self, name, private=None, exist_ok=False):
+            return type("Repo", (), {"repo_id": f"me/{name.split('/')[-1]}"})
+
+        def upload_folder(self, repo_id, folder_path, **keys):
+            pushed.append((repo_id, keys, {path.name for path in Path(folder_path).iterdir()}))
+            return "commit"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    return pushed
+
+
+def test_the_hub_gets_model_head_tokenizer_and_card_in_one_commit(hub, tmp_path):
+    made = trainer(given={"tokenizer": tiny.tokenizer()}, model_keys={"vocab_size": 330})
+    assert made.push_to_hub("policy", branch="b", private=True) == "commit"
+    where, keys, files = hub[0]
+    assert where == "me/policy" and keys["revision"] == "b"
+    assert {"model.safetensors", "value_head.safetensors", "tokenizer.json", "README.md"} <= files
+    assert made.save_pretrained(tmp_path / "mine", push_to_hub=True, commit_message="m") == "commit"
+    assert hub[1][0] == "me/mine" and not (tmp_path / "mine" / "README.md").exists()
+    with pytest.raises(
+        ValueError, match="save_pretrained: private says how to push, and push_to_hub is not set"
+    ):
+        made.save_pretrained(tmp_path, private=True)
+
+
+def test_the_best_is_pushed(hub):
+    keys = {"push_to_hub_if_best_kwargs": {"repo_id": "policy"}, "compare_steps": 2}
+    made = trainer(given={"tokenizer": tiny.tokenizer()}, model_keys={"vocab_size": 330}, **keys)
+    prompts, responses, _ = batch()
+    for score in (1.0, 9.0, 0.5, 9.0, 2.0):  # looked at: 1, 0.5, 2
+        made.step(prompts, responses, torch.full((8,), score))
+    assert len(hub) == 2 and float(made.highest_reward) == 2
+    other = trainer(given={"tokenizer": tiny.tokenizer()}, model_keys={"vocab_size": 330}, **keys)
+    other.load_state_dict(made.state_dict())
+    assert other.compare_step == 5 and float(other.highest_reward) == 2
+    with pytest.raises(ValueError, match=r"ppo\.push_to_hub_if_best_kwargs: it has no repo_id"):
+        trainer(push_to_hub_if_best_kwargs={"private": True})
 
 
 # ---- rewards of other kinds

@@ -12,6 +12,7 @@ from made_trainers import batch, far_weights, first_gradients, is_still, trainer
 from safetensors.torch import load_file, save_file
 from trainings import run_in_two
 
+from tasks.ppo import PPOTrainer
 from tasks.ppo.guard import SpikeGuard
 
 
@@ -171,7 +172,7 @@ def test_checkpointed_gradients_are_the_same_and_blocks_do_run_again(kind):
 
 def test_a_process_takes_its_own_rows_of_a_minibatch(monkeypatch):
     made = trainer()
-    made.batch_rows = 3
+    monkeypatch.setattr(PPOTrainer, "batch_rows", 3)
     monkeypatch.setattr(type(made), "rank", 1)
     assert made._own(torch.tensor([7, 4, 0, 3, 2, 6])).tolist() == [1, 0]
     assert made._own(torch.tensor([0, 6])).tolist() == []

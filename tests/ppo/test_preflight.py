@@ -14,9 +14,8 @@ from torch import nn
 import tasks.lm.sequences
 import tasks.ppo.preflight
 import tasks.ppo.trainer
-from params.schema import PPOConfig
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.ppo import PPOTrainer
+from tasks.ppo import PPOConfig, PPOTrainer
 from tasks.ppo.preflight import FULL, HALF, PROBE, ROUNDS, TF32, _rounding, preflight
 from tasks.run.layout import Refusal
 

@@ -1,100 +1,32 @@
 import hashlib
 import json
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
+import mlflow
 import pytest
-import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from made_models import DATA, NAMES, registry, win, write_lock
 
 from params.schema import Params
-from tasks import register
-from tasks.lm.loading import save_model, train_tokenizer
-from tasks.register import IDENTITY, folder_md5, main, missing, promote, run, version_of
+from tasks.register import IDENTITY, folder_md5, holdings, main, models, promote, run, standing
 from tasks.run import tracking
-from tasks.run.files import write_json
 from tasks.run.layout import Layout
-
-NAMES = ("stackrl-sft", "stackrl-reward", "stackrl-policy")
-DATA = {"artifacts/data/sft.parquet": "d1" * 16, "artifacts/pack/tokenizer": "70" * 16 + ".dir"}
-
-
-@cache
-def tokenizer():
-    return train_tokenizer(["Question: What is 1 + 2?\n\nAnswer: It is 3."] * 3, 300)
-
-
-def write_model(folder, kind, seed):
-    torch.manual_seed(seed)
-    words = tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, pad_token_id=words.pad_token_id,
-        eos_token_id=words.eos_token_id, bos_token_id=None, num_labels=1,
-    )  # fmt: skip
-    auto = LlamaForSequenceClassification if kind == "reward" else LlamaForCausalLM
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(auto(config).eval(), words, folder)
-
-
-def write_lock(root, ppo="90"):
-    """As DVC writes it, as far as register reads it; md5s by hand, so that a test can change one."""
-    md5s = {"sft": "5f", "reward": "4e", "ppo": ppo}
-    models = {f"artifacts/{stage}/model": md5 * 16 + ".dir" for stage, md5 in md5s.items()}
-    outs = {path.split("/")[1]: [] for path in DATA | models}
-    for path, md5 in (DATA | models).items():
-        outs[path.split("/")[1]].append({"path": path, "hash": "md5", "md5": md5})
-    stages = {stage: {"cmd": f"python -m tasks {stage}", "outs": each} for stage, each in outs.items()}
-    (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory):
-    root = tmp_path_factory.mktemp("template")
-    for seed, stage in enumerate(("sft", "reward", "ppo")):
-        write_model(root / f"artifacts/{stage}/model", stage, seed)
-    (root / "dvc.yaml").write_text("stages: {register: {cmd: x, deps: [], params: [register], outs: []}}\n")
-    (root / "params.yaml").write_text(yaml.safe_dump(Params().model_dump(mode="json")))
-    write_json(root / "artifacts/reward_eval/metrics.json", {"accuracy": 0.85})
-    write_lock(root)
-    tracking.connect(Layout(root, root))  # an empty store
-    return root
-
-
-@pytest.fixture
-def layout(tmp_path, monkeypatch, template):
-    for name in ("MLFLOW_TRACKING_URI", "RANK", "DVC_ROOT", tracking.PARENT_VARIABLE):
-        monkeypatch.delenv(name, raising=False)
-    root = tmp_path / "repository"
-    subprocess.run(["cp", "-r", template, root], check=True)
-    monkeypatch.chdir(root)
-    return Layout.here()
-
-
-def win(layout, low):
-    write_json(layout.artifact("policy_eval", "metrics.json"), {"win_rate": 0.7, "win_rate_low": low})
-
-
-def registry(layout):
-    """name -> {version: md5} and name -> {alias: version}."""
-    client = tracking.connect(layout)
-    found = {name: client.search_model_versions(f"name='{name}'") for name in NAMES}
-    versions = {name: {one.version: one.tags[IDENTITY] for one in each} for name, each in found.items()}
-    return versions, {name: dict(client.get_registered_model(name).aliases) for name in NAMES}
 
 
 def test_registering_twice_leaves_one_version_of_each(layout):
     win(layout, 0.55)
-    assert missing(layout, "stackrl") is False  # never registered: DVC runs the stage by itself
+    assert standing(Params(), layout) is None
     result = run(Params(), layout)
     first = layout.artifact("register", "registered.json").read_text()
     assert json.loads(first) == {n: m * 16 + ".dir" for n, m in zip(NAMES, ("5f", "4e", "90"), strict=True)}
     assert result.metrics == {"models": 3.0, "beats_sft": 1.0}
+    again = standing(Params(), layout)
+    assert again.metrics == result.metrics and again.note.endswith("up to date") and not result.note
     run(Params(), layout)
     versions, aliases = registry(layout)
     assert versions == {name: {1: md5} for name, md5 in json.loads(first).items()}
@@ -158,26 +90,165 @@ def test_a_version_says_what_it_was_made_from(layout):
     assert inputs == {Path(path).name: md5 for path, md5 in DATA.items()}
 
 
-def test_a_lost_registry_is_noticed(layout):
-    run(Params(), layout)
-    assert missing(layout, "stackrl") is False and missing(layout, "other") is True
+def weights(layout):
+    return sorted(layout.home.glob("mlartifacts/models/*/artifacts/model/model.safetensors"))
+
+
+def lose_rows(layout):
+    """A version, an alias, and an upload that came to no end."""
     client = tracking.connect(layout)
     client.delete_model_version("stackrl-reward", "1")
-    assert missing(layout, "stackrl") is True
+    client.delete_registered_model_alias("stackrl-sft", "candidate")
+    with sqlite3.connect(layout.home / "mlflow.db") as file:
+        file.execute("update model_versions set status = 'FAILED_REGISTRATION' where name = 'stackrl-policy'")
 
 
-def test_a_version_whose_upload_failed_does_not_count():
-    def version(number, status, md5="a"):
-        return SimpleNamespace(version=str(number), status=status, tags={IDENTITY: md5})
+def lose_model(layout):
+    tracking.connect(layout).delete_registered_model("stackrl-reward")
 
-    states = ((2, "READY"), (10, "READY"), (11, "FAILED_REGISTRATION"))
-    found = [version(*each) for each in states] + [version(12, "READY", "b")]
-    client = SimpleNamespace(search_model_versions=lambda _: found)
-    assert version_of(client, "any", "a") == "10" and version_of(client, "any", "c") is None
+
+def lose_files(layout):
+    """Two are removed, one is cut."""
+    first, *others = weights(layout)
+    first.write_bytes(first.read_bytes()[:-1])
+    for file in others:
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("lose", "anew"),
+    [
+        (lose_rows, {"reward", "policy"}),
+        (lose_model, {"reward"}),
+        (lose_files, {"sft", "reward", "policy"}),
+    ],
+)
+def test_what_the_registry_lost_is_registered_anew(registered, lose, anew):
+    before = set(weights(registered))
+    lose(registered)
+    assert standing(Params(), registered) is None
+    run(Params(), registered)
+    assert standing(Params(), registered)
+    client, models_anew = tracking.connect(registered), set(weights(registered)) - before
+    for name in NAMES:
+        aliases = registry(registered)[1][name]
+        assert aliases["candidate"] == aliases["champion"]
+        version = client.get_model_version_by_alias(name, "candidate")
+        place = holdings.local_folder(client.get_model_version_download_uri(name, version.version))
+        assert (place / "model/model.safetensors" in models_anew) == (name.removeprefix("stackrl-") in anew)
+        assert mlflow.pyfunc.load_model(str(place))
+
+
+def test_a_deleted_experiment_is_restored_although_the_models_are_there(registered):
+    client = tracking.connect(registered)
+    client.delete_experiment(tracking.experiment(client, registered))
+    assert standing(Params(), registered) is None
+    run(Params(), registered)
+    assert standing(Params(), registered)
+    assert [list(each) for each in registry(registered)[0].values()] == [[1]] * 3
+
+
+def test_both_ways_to_look_see_the_same(registered):
+    write_lock(registered.root, ppo="91")
+    run(Params(), registered)
+    tracking.connect(registered).delete_model_version("stackrl-policy", "1")
+    client, names = tracking.connect(registered), (*NAMES, "stackrl-nobody")
+    found = holdings.in_file(registered.home / "mlflow.db", names)
+    assert found == holdings.by_client(client, names)
+    assert [len(found[name].versions) for name in names] == [1, 1, 1, 0]
+    assert all(one.is_whole(client) for name in names for one in found[name].versions)
+
+
+def test_looking_needs_neither_mlflow_nor_models(registered):
+    """A second; importing MLflow alone takes two. And a folder that was not pulled is not needed."""
+    for kind in ("sft", "reward", "ppo"):
+        shutil.rmtree(registered.artifact(kind, "model"))
+    code = (
+        "import sys\nfor name in ('mlflow', 'torch', 'transformers'): sys.modules[name] = None\n"
+        "from tasks.__main__ import main\nsys.exit(main(['register']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == (
+        "stackrl: register: models 3, beats_sft 1; all registered before, up to date\n"
+    ), done.stderr
+    lose_files(registered)
+    with pytest.raises(ValueError, match=r"artifacts/sft/model holds no model; `dvc pull` .*`dvc repro sft`"):
+        run(Params(), registered)
+
+
+def test_an_experiment_registers_and_takes_no_alias(layout, monkeypatch):
+    win(layout, 0.55)
+    monkeypatch.setenv("DVC_EXP_NAME", "leafy-moss")
+    run(Params(), layout)
+    assert registry(layout)[1] == {name: {} for name in NAMES} and standing(Params(), layout)
+    version = tracking.connect(layout).get_model_version("stackrl-policy", "1")
+    assert version.tags["dvc.exp"] == "leafy-moss"
+    monkeypatch.delenv("DVC_EXP_NAME")
+    assert standing(Params(), layout) is None  # applied and run plainly, the models are candidates
+    run(Params(), layout)
+    assert registry(layout)[1] == {name: {"candidate": 1, "champion": 1} for name in NAMES}
+
+
+def test_other_numbers_are_another_version_of_the_same_weights(registered):
+    colder = Params.model_validate({"ppo": {"temperature": 0.7}})
+    assert standing(colder, registered) is None
+    run(colder, registered)
+    versions, aliases = registry(registered)
+    assert list(versions["stackrl-policy"]) == [2, 1] and list(versions["stackrl-reward"]) == [1]
+    assert aliases["stackrl-policy"] == {"candidate": 2, "champion": 1}
+
+
+def test_an_alias_whose_files_are_gone_is_named_and_nothing_is_said_to_be_well(registered):
+    """The champion's weights are not this run's: they cannot be logged anew."""
+    lose_files(registered)
+    write_lock(registered.root, ppo="91")
+    line = r"stackrl-policy@champion is version 1, whose files are gone.*promote stackrl-policy 2"
+    for _ in range(2):
+        assert standing(Params(), registered) is None
+        with pytest.raises(ValueError, match=line):
+            run(Params(), registered)
+    assert registry(registered)[1]["stackrl-policy"] == {"candidate": 2, "champion": 1}
+    with pytest.raises(ValueError, match="files are gone"):
+        promote(registered, "stackrl-policy", "1")
+    promote(registered, "stackrl-policy", "2")
+    assert standing(Params(), registered)
+
+
+@pytest.mark.parametrize("is_copied", [False, True], ids=["moved", "copied"])
+def test_a_folder_elsewhere_has_its_models_there(registered, tmp_path, monkeypatch, is_copied):
+    before = sorted(registered.root.rglob("*"))
+    new = tmp_path / "a b" / "c"
+    new.parent.mkdir()
+    (shutil.copytree if is_copied else shutil.move)(registered.root, new)
+    monkeypatch.chdir(new)
+    layout = Layout.here()
+    assert standing(Params(), layout) is None
+    run(Params(), layout)
+    assert standing(Params(), layout) and [list(each) for each in registry(layout)[0].values()] == [[1]] * 3
+    client = tracking.connect(layout)
+    for name in NAMES:
+        place = client.get_model_version_download_uri(name, "1")
+        assert place.startswith(new.as_uri()) and "MLmodel" in holdings.sizes(place)
+    with tracking.stage_run("register", {}, layout):
+        assert client.get_run(tracking.active_run()).info.artifact_uri.startswith(new.as_uri())
+    assert registered.root.exists() == is_copied
+    if is_copied:
+        assert sorted(registered.root.rglob("*")) == before
+        shutil.rmtree(new / "mlartifacts")  # copied without them: logged anew
+        run(Params(), layout)
+        assert registry(layout)[1] == {name: {"candidate": 2, "champion": 2} for name in NAMES}
+
+
+def test_what_the_environment_says_of_other_runs_changes_nothing(layout, monkeypatch):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "77")
+    run(Params(), layout)
+    assert standing(Params(), layout) and os.environ["MLFLOW_RUN_ID"] == "0" * 32
 
 
 def test_a_failure_in_the_middle_is_mended_by_the_next_run(layout, monkeypatch):
-    calls, log = [], register._log_version
+    calls, log = [], models.register
 
     def fail_at_the_second(*arguments):
         calls.append(arguments)
@@ -186,7 +257,7 @@ def test_a_failure_in_the_middle_is_mended_by_the_next_run(layout, monkeypatch):
         log(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
-        patch.setattr(register, "_log_version", fail_at_the_second)
+        patch.setattr(models, "register", fail_at_the_second)
         run(Params(), layout)
     assert not layout.artifact("register", "registered.json").exists()
     run(Params(), layout)
@@ -195,7 +266,7 @@ def test_a_failure_in_the_middle_is_mended_by_the_next_run(layout, monkeypatch):
 
 def test_a_missing_model_is_named(layout):
     (layout.artifact("ppo", "model") / "config.json").unlink()
-    with pytest.raises(ValueError, match="artifacts/ppo/model holds no model"):
+    with pytest.raises(ValueError, match="artifacts/ppo/model holds no model; `dvc pull`"):
         run(Params(), layout)
 
 
@@ -213,48 +284,3 @@ def test_outside_dvc_the_folder_has_the_md5_that_dvc_would_give_it(layout):
     found = json.loads(layout.artifact("register", "registered.json").read_text())
     assert found["stackrl-sft"] == folder_md5(layout.artifact("sft", "model"))
     assert len({hashlib.md5(md5.encode()).hexdigest() for md5 in found.values()}) == 3
-
-
-CONSUMER = """
-import json, sys
-class Ours:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("tasks", "params", "flows"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Ours())
-try:
-    import tasks
-except ModuleNotFoundError:
-    pass
-else:
-    raise SystemExit("tasks can be imported")
-import mlflow
-mlflow.set_tracking_uri(sys.argv[1])
-prompt = "Question: What is 1 + 2?\\n\\nAnswer:"
-pipe = mlflow.transformers.load_model("models:/stackrl-policy@champion")
-generated = pipe(prompt, max_new_tokens=5, do_sample=False)[0]["generated_text"]
-served = mlflow.pyfunc.load_model("models:/stackrl-policy@champion").predict([prompt])
-scores = mlflow.pyfunc.load_model("models:/stackrl-reward@candidate").predict([prompt, prompt + " It is 3."])
-print("RESULT", json.dumps([generated, list(served), scores["score"].tolist()]))
-"""
-
-
-def test_a_consumer_without_our_package_generates_and_scores(layout, tmp_path):
-    win(layout, 0.55)
-    run(Params(), layout)
-    away = tmp_path / "away"
-    away.mkdir()
-    uri = tracking.tracking_uri(layout)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    command = [sys.executable, "-I", "-c", CONSUMER, uri]
-    done = subprocess.run(command, cwd=away, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    generated, served, scores = json.loads(done.stdout.split("RESULT ", 1)[1])
-    prompt = "Question: What is 1 + 2?\n\nAnswer:"
-    assert generated.startswith(prompt) and len(generated) > len(prompt)
-    assert len(served) == 1 and isinstance(served[0], str)
-    model = LlamaForSequenceClassification.from_pretrained(layout.artifact("reward", "model"))
-    with torch.no_grad():
-        rows = [tokenizer()(text, return_tensors="pt") for text in (prompt, prompt + " It is 3.")]
-        raw = [model(**row).logits.item() for row in rows]
-    assert scores == pytest.approx(raw, abs=1e-6) and min(raw) < 0  # a sigmoid is never negative

@@ -391,3 +391,13 @@ def test_pairs_that_an_encoder_cannot_tell_apart_are_left_out(packed, tmp_path, 
 def test_a_base_that_is_none_names_its_key(packed, tmp_path):
     with pytest.raises(ValueError, match=r"^reward\.base: no tokenizer in "):
         run(tiny.params(reward={"base": str(tmp_path / "none")}), copied(packed, tmp_path / "run"))
+
+
+def test_a_training_that_diverges_replaces_nothing(packed, tmp_path):
+    layout = copied(packed, tmp_path / "a")
+    tiny.save(tiny.scorer(vocab_size=len(tiny.tokenizer())), layout.artifact("reward", "model"))
+    before = tiny.digests(layout.artifact("reward"))
+    diverging = {"learning_rate": 1e20, "optimizer": "adamw", "warmup_share": 0.0}
+    with pytest.raises(ValueError, match=r"^step \d+: the .* is .*; is reward\.learning_rate \(1e\+20\)"):
+        run(tiny.params(reward=diverging), layout)
+    assert tiny.digests(layout.artifact("reward")) == before

@@ -58,3 +58,15 @@ def test_the_same_curve_draws_the_same_picture(tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
     assert draw("b.png", 1.0) == picture and draw("c.png", 2.0) != picture
     assert b"Software" not in picture and b"tIME" not in picture
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_named_and_the_file_stays(tmp_path, bad):
+    curve = Curve(["loss", "accuracy"])
+    curve.add(3, loss=1.0)
+    path = curve.write(tmp_path / "curve.csv")
+    before = path.read_text()
+    curve.add(7, accuracy=bad)
+    with pytest.raises(ValueError, match=rf"curve\.csv, step 7: accuracy is {bad}$"):
+        curve.write(path)
+    assert path.read_text() == before

@@ -246,6 +246,71 @@ def test_a_store_that_is_no_database_is_named(layout):
         tracking.preflight()
 
 
+def delete(layout):
+    client = tracking.connect(layout)
+    client.delete_experiment(tracking.experiment(client, layout))
+
+
+def rename(layout):
+    client = tracking.connect(layout)
+    client.rename_experiment(tracking.experiment(client, layout), "another")
+
+
+def test_a_deleted_experiment_is_restored_with_its_runs(layout, caplog):
+    with tracking.stage_run("sft", {}, layout):
+        first = tracking.active_run()
+    for call in (tracking.preflight, lambda: tracking.parent_run("rlhf", {}), lambda: the_run(layout)):
+        delete(layout)
+        call()
+        assert "stackrl was deleted; it is restored" in caplog.text
+        caplog.clear()
+    delete(layout)
+    with tracking.stage_run("sft", {}, layout):
+        assert tracking.active_run() == first
+
+
+def test_a_renamed_experiment_keeps_its_runs_and_another_is_made(layout):
+    with tracking.stage_run("sft", {}, layout):
+        pass
+    rename(layout)
+    with tracking.stage_run("ppo", {}, layout):
+        pass
+    assert the_run(layout, "ppo").info.status == "FINISHED"
+
+
+def test_a_deleted_run_is_not_gone_on_with(layout):
+    with tracking.stage_run("sft", {}, layout):
+        first = tracking.active_run()
+    tracking.connect(layout).delete_run(first)
+    with tracking.stage_run("sft", {}, layout):
+        assert tracking.active_run() != first
+
+
+@pytest.mark.parametrize(
+    ("uri", "line"),
+    [
+        ("sqlite:///{home}/nowhere/mlflow.db", "does not answer: there is no folder .*/nowhere"),
+        ("{home}", "does not answer: The filesystem tracking backend"),
+        ("sqlite:///file:{home}/mlflow.db?mode=ro&uri=true", "readonly database"),
+        ("ftp://x", "does not answer: .*unsupported URI"),
+    ],
+)
+def test_a_store_that_takes_no_runs_is_one_line_before_compute(layout, monkeypatch, uri, line):
+    tracking.preflight()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(home=layout.home))
+    with pytest.raises(ConnectionError, match=line) as caught:
+        tracking.stage_run("sft", {}, layout).__enter__()
+    assert "\n" not in str(caught.value)
+
+
+def test_other_runs_in_the_environment_change_nothing(layout, monkeypatch):
+    for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"):
+        monkeypatch.setenv(name, "77")
+    with tracking.stage_run("sft", {}, layout):
+        pass
+    assert the_run(layout).info.status == "FINISHED"
+
+
 def test_a_tracker_that_fails_in_the_middle_stops_nothing(layout, monkeypatch, caplog):
     def fail(*_, **__):
         raise OSError("gone: http://me:s3cret@host")

@@ -311,3 +311,14 @@ def test_a_base_model_without_weights_is_named(packed, tmp_path):
     with pytest.raises(ValueError, match=r"^model\.base: the folder .* holds no \*\.safetensors weights"):
         run(tiny.params(model={"base": str(base)}), copied(packed, tmp_path))
     assert not (tmp_path / "artifacts" / "sft").exists()
+
+
+def test_a_training_that_diverges_replaces_nothing(packed, tmp_path):
+    layout = copied(packed, tmp_path)
+    earlier = tiny.causal(vocab_size=len(tiny.tokenizer()))
+    tiny.save(earlier, layout.artifact("sft", "model"))
+    before = tiny.digests(layout.artifact("sft"))
+    diverging = {"learning_rate": 1e20, "optimizer": "adamw", "warmup_share": 0.0}
+    with pytest.raises(ValueError, match=r"^step \d+: the .* is .*; is sft\.learning_rate \(1e\+20\) too"):
+        run(tiny.params(sft=diverging), layout)
+    assert tiny.digests(layout.artifact("sft")) == before
