@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_an_argument(part, name, word, text, tmp_path):
 @pytest.mark.parametrize(("part", "row", "word", "text"), ROWS)
 def test_a_row(part, row, word, text, tmp_path):
     config, trainer, model = PARTS[part]
-    tokenizer = tiny.tokenizer()
+    tokenizer = deepcopy(tiny.tokenizer())
     tokenizer.chat_template = CHAT
     own = {"loss_on": "response"} if part == "SFT" else {}
     takes = word == "same"
