@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from params.schema import PPOConfig
 from tasks.lm.adapter_kinds import check_adapters
 from tasks.lm.checkpointing import recompute_blocks
-from tasks.lm.forest import serve_forest, unwrapped
+from tasks.lm.forest import unwrapped
 from tasks.lm.freezing import blocks_of, freeze_layers
 from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
 from tasks.lm.masked import alone, whiten
@@ -24,6 +24,7 @@ from tasks.lm.modes import in_evaluation
 from tasks.lm.optimizer import check_optimizer, make_optimizer
 from tasks.lm.precision import autocast
 from tasks.lm.reference import create_reference_model
+from tasks.lm.roads import take_road
 from tasks.lm.room import Room, speaking_room
 from tasks.lm.seq2seq import is_seq2seq, warn_of_start
 from tasks.lm.sequences import lay_out, read_responses
@@ -125,7 +126,7 @@ class PPOTrainer:
         self.ref_model = self._reference_of(ref_model, num_shared_layers)
         for served in (self.model, self.ref_model):
             if served is not None:
-                serve_forest(_causal(served))
+                take_road(_causal(served), learns=served is self.model)
         branch = self.model.v_head.branch
         self.hydra = Hydra.of(
             _causal(self.model),

@@ -14,12 +14,12 @@ from transformers import EvalPrediction, Trainer, set_seed
 
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.dropout import disable_dropout
-from tasks.lm.forest import serve_forest, unwrapped
+from tasks.lm.forest import unwrapped
 from tasks.lm.freezing import freeze_layers
 from tasks.lm.loading import fit_embeddings, give_pad, load_reward, load_tokenizer
 from tasks.lm.optimizer import NamedOptimizer
 from tasks.lm.precision import autocast
-from tasks.lm.scoring import check_scorer, forest_scores, is_encoder, room_of
+from tasks.lm.scoring import check_scorer, forest_scores, is_encoder, room_of, take_scoring_road
 from tasks.reward.config import RewardConfig
 from tasks.reward.losses import gap_weights, length_rule, pair_loss
 from tasks.reward.records import GroupedAnswers, collate
@@ -70,7 +70,7 @@ class RewardTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
         freeze_layers(model, args.num_layers_unfrozen)
         if args.disable_dropout:
             disable_dropout(model)
-        serve_forest(model)
+        take_scoring_road(model, learns=True)
         is_causal = not is_encoder(model)
         self.read = Reader(
             tokenizer=processing_class,

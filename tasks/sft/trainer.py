@@ -16,14 +16,15 @@ from transformers import EvalPrediction, Trainer, set_seed
 from transformers.trainer_utils import PredictionOutput
 
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
-from tasks.lm.forest import has_forest, run_forest, serve_forest, unwrapped
+from tasks.lm.forest import has_forest, run_forest, unwrapped
 from tasks.lm.freezing import freeze_layers
 from tasks.lm.heads import Predictions, check_causal, predict
 from tasks.lm.loading import fit_embeddings, load_causal, load_tokenizer
 from tasks.lm.optimizer import NamedOptimizer
+from tasks.lm.padding import pad_forest
 from tasks.lm.precision import autocast
+from tasks.lm.roads import take_road
 from tasks.lm.scoring import room_of
-from tasks.lm.sequences import pad_forest
 from tasks.run.held_out import HeldOut
 from tasks.run.parts import InParts, Parts, part_tokens, parts_or
 from tasks.run.trainer import SafeCheckpoints
@@ -57,8 +58,8 @@ class SFTTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
         keys: Trainer's.
 
     Raises:
-        ValueError: no causal language model; a row that cannot teach, by its number; several GPUs in one
-            process.
+        ValueError: a model that no road serves (:func:`tasks.lm.roads.take_road`); a row that cannot teach,
+            by its number; several GPUs in one process.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class SFTTrainer(InParts, HeldOut, NamedOptimizer, SafeCheckpoints, Trainer):
         if peft_config is not None:
             model = add_adapter(model, config=peft_config)
         freeze_layers(model, args.num_layers_unfrozen)
-        serve_forest(model)
+        take_road(model, learns=True)
         _warn_of_halves(model)
         self.read = Reader(
             tokenizer=processing_class,
