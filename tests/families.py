@@ -57,6 +57,7 @@ OWN: dict[str, dict] = {  # what the rule does not find out
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
     "codegen": {"n_head": 4},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "helium": {"head_dim": 16},
@@ -77,7 +78,10 @@ NOT_MADE = {  # of several models; their text types stand in the list
     kind: "several models; see its text type"
     for kind in "blt dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified git "
     "got_ocr2 mllama gemma4_unified_assistant moshi moss_transcribe_diarize musicgen musicgen_melody".split()
-} | dict.fromkeys(("cohere_compass_text", "dbrx"), "their own configuration makes no model by default")
+} | dict.fromkeys(
+    ("cohere_compass_text", "dbrx", "mimo_v2_flash", "qwen4_exp", "qwen4_exp_text", "zamba", "zamba2"),
+    "no tiny one of it runs by this rule",
+)
 
 
 def types() -> list[str]:
@@ -110,7 +114,7 @@ def _keys_of(cls) -> dict:
         kinds = list(dict.fromkeys(cls().layer_types))[:4]  # one layer of each kind
     except (AttributeError, TypeError, ValueError):
         kinds = []
-    if len(kinds) > 1 and "num_hidden_layers" in keys:
+    if len(kinds) > 1 and {"layer_types", "num_hidden_layers"} <= {f.name for f in dataclasses.fields(cls)}:
         keys |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     of_parts = {n: _keys_of(c) for n, c in parts.items() if dataclasses.is_dataclass(c)}
     return keys | {n: part for n, part in of_parts.items() if part}

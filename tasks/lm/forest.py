@@ -178,7 +178,8 @@ def _capped_attention(module, query, key, value, mask, scaling, dropout: float, 
         seen = torch.ones(odds.shape[-2:], dtype=torch.bool, device=odds.device)
         mask = seen.tril(odds.shape[-1] - odds.shape[-2])
     mask = mask[..., : odds.shape[-1]]
-    odds = odds.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else odds + mask
+    least = torch.finfo(odds.dtype).min  # finite: padding sees nothing, and must stay a number
+    odds = odds.masked_fill(~mask, least) if mask.dtype == torch.bool else odds + mask
     weights = odds.softmax(-1, dtype=torch.float32).to(query.dtype)
     weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
     return (weights @ value).transpose(1, 2).contiguous(), None

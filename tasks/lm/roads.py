@@ -6,7 +6,8 @@ the forest says the same too (:mod:`tasks.lm.forest`), and its gradient is the p
 padded rows do. Found once for a class, its configuration, dtype and device, and remembered.
 
 Neither random state, nor modes, nor gradients are touched. A trial takes some ten forwards of at most 11
-tokens: 20 to 60 ms for a tiny model, about one second for one of 1 GB on a CPU.
+tokens. On one CPU thread: 26 ms for a tiny model, 39 with a gradient, 19 more for decoding; for a Llama of
+0.9 GB in float32 1.6, 4.1 and 1.2 seconds.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ from tasks.lm.padding import left_pad, pad_forest, positions_of
 LENGTHS, PARENTS = (6, 5, 4, 3), (-1, 0, 0, -1)  # a question, its two answers, a document
 CLOSE = {"cpu": 1e-4, "cuda": 5e-3}  # of the largest magnitude, in float32 (CUDA may take TensorFloat-32)
 LOOSE = 5e-2  # in half precision; half of the tokens may be further off, where experts change their minds
+AHEAD = (
+    "is no causal language model as it is configured: what it says of a token changes with what stands "
+    "behind it or in other rows"
+)
 VOLATILE = ("_name_or_path", "transformers_version", "_attn_implementation", "dtype", "torch_dtype")
 
 _found: dict[tuple, Any] = {}
@@ -148,7 +153,7 @@ def is_close(found: Tensor, wanted: Tensor) -> bool:
     if not torch.equal(where, found.isfinite()):
         return False
     found, wanted = (x.detach().masked_fill(~where, 0).float() for x in (found, wanted))
-    far = (found - wanted).abs().flatten(1).amax(1) / wanted.abs().max().clamp(min=1e-12)
+    far = (found - wanted).abs().flatten() / wanted.abs().max().clamp(min=1e-12)
     return bool(far.max() <= CLOSE.get(found.device.type, 5e-3))
 
 
@@ -156,7 +161,7 @@ def is_close_in(dtype: torch.dtype, found: Tensor, wanted: Tensor) -> bool:
     """The same of a model of this dtype: in half precision one place in two may be off."""
     if dtype in (torch.float32, torch.float64):
         return is_close(found, wanted)
-    far = (found.detach().float() - wanted.detach().float()).abs().flatten(1).amax(1)
+    far = (found.detach().float() - wanted.detach().float()).abs().reshape(len(wanted), -1).amax(1)
     return found.shape == wanted.shape and bool(far.median() <= LOOSE * wanted.float().abs().max())
 
 
@@ -184,10 +189,12 @@ def try_causal(model: nn.Module, learns: bool) -> Road:
                 return Road(refusal=f"cannot be read as a causal language model: {said(error)}")
             if not is_close_in(dtype, again, wanted[0]):
                 return Road(refusal="says something else each time it reads the same row; no road serves it")
+            if not is_close_in(dtype, *(logits[: LENGTHS[0]] for logits in wanted[:2])):
+                return Road(refusal=AHEAD)  # two answers to one question
             wanted, refusal = _laid(forest, paths, wanted), ""
             for is_whole in (False, True):
                 leave_whole(model, is_whole)
-                refusal = _refusal(model, forest, wanted)
+                refusal = _refusal(model, forest, wanted, learns)
                 if not refusal:
                     return Road(_serves_forest(model, forest, wanted, learns), is_whole)
             return Road(refusal=refusal)
@@ -195,18 +202,19 @@ def try_causal(model: nn.Module, learns: bool) -> Road:
         return Road(refusal=str(error).removeprefix(f"{type(unwrapped(model)).__name__} "))
 
 
-def _refusal(model: nn.Module, forest: Forest, wanted: Tensor) -> str:
+def _refusal(model: nn.Module, forest: Forest, wanted: Tensor, learns: bool) -> str:
     """Why padded rows do not serve; nothing where they do."""
     try:
-        found = _padded(model, forest).logits()
+        found = _padded(model, forest, 1).logits()
     except Exception as error:  # as above
         return f"cannot be read in rows of unlike length: {said(error)}"
-    if is_close_in(next(model.parameters()).dtype, found, wanted):
-        return ""
-    return (
-        "is no causal language model as it is configured: what it says of a token changes with what stands "
-        "behind it or in other rows"
-    )
+    if not is_close_in(next(model.parameters()).dtype, found, wanted):
+        return AHEAD
+    try:
+        is_fine = not learns or bool(_slopes(model, forest, _padded).isfinite().all())
+        return "" if is_fine else "has no finite gradient"
+    except Exception as error:
+        return f"cannot be trained: {said(error)}"
 
 
 def said(error: BaseException) -> str:
@@ -222,12 +230,7 @@ def _serves_forest(model, forest: Forest, wanted: Tensor, learns: bool) -> bool:
         try:
             serves = is_close_in(dtype, _packed(model, forest).logits(), wanted[::2])
             if serves and learns:
-                wanted = forest.tokens.roll(1)[::2]  # any tokens will do
-                runs = (lambda: _padded(model, forest, 2)), (lambda: _packed(model, forest))
-                padded, packed = (
-                    slopes_of(model, forest.tokens, lambda run=run: run().summed_nll(wanted)) for run in runs
-                )
-                serves = is_close_in(dtype, packed, padded)
+                serves = is_close_in(dtype, *(_slopes(model, forest, run) for run in (_packed, _padded)))
         except Exception:  # whatever a model makes of a forest, padded rows serve it
             return False
     return serves
@@ -270,7 +273,7 @@ def _laid(forest: Forest, paths, each: Sequence[Tensor]) -> Tensor:
     return laid
 
 
-def _padded(model: nn.Module, forest: Forest, every: int = 1) -> Predictions:
+def _padded(model: nn.Module, forest: Forest, every: int = 2) -> Predictions:
     tokens, where = pad_forest(forest)
     return predict(model, lambda model: model(tokens, use_cache=False), where[::every])
 
@@ -278,6 +281,12 @@ def _padded(model: nn.Module, forest: Forest, every: int = 1) -> Predictions:
 def _packed(model: nn.Module, forest: Forest) -> Predictions:
     places = torch.arange(0, len(forest.tokens), 2, device=forest.tokens.device)  # some, as in training
     return predict(model, lambda model: run_forest(model, forest), places)
+
+
+def _slopes(model: nn.Module, forest: Forest, run: Callable[[nn.Module, Forest], Predictions]) -> Tensor:
+    """Of the loss of half of the forest's places; any tokens will do."""
+    wanted = forest.tokens.roll(1)[::2]
+    return slopes_of(model, forest.tokens, lambda: run(model, forest).summed_nll(wanted))
 
 
 def slopes_of(model: nn.Module, tokens: Tensor, loss: Callable[[], Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tasks.lm.forest import RELATIVE, running_only, unwrapped
+from tasks.lm.forest import RELATIVE, Segment, has_forest, plant, run_forest, running_only, unwrapped
 from tasks.lm.freezing import blocks_of, trunk_of
 from tasks.lm.heads import predict
 from tasks.lm.pairs import handed_on
@@ -86,7 +86,8 @@ def frozen_depth(model: nn.Module) -> int:
     while depth and any(p.requires_grad for part in trunk_of(model, depth) for p in part.parameters()):
         depth -= 1  # something else runs there and learns: the embeddings, mostly
     if depth and not config.is_encoder_decoder:
-        return depth if remembered(model, ("trunk", depth), lambda: _hands_on(model, depth)) else 0
+        what = "trunk", depth, has_forest(model)
+        return depth if remembered(model, what, lambda: _hands_on(model, depth)) else 0
     return depth
 
 
@@ -96,15 +97,20 @@ def _hands_on(model: nn.Module, depth: int) -> bool:
     rows = torch.tensor(trial_tokens(model, (6, 6)), device=next(model.parameters()).device)
     places, dtype = torch.arange(rows.numel(), device=rows.device), next(model.parameters()).dtype
 
+    forest = plant([Segment(row) for row in rows.tolist()]).to(rows.device) if has_forest(model) else None
+
+    def run(model):
+        return model(rows, use_cache=False) if forest is None else run_forest(model, forest)
+
     def read() -> Tensor:
-        return predict(model, lambda model: model(rows, use_cache=False), places).logits()
+        return predict(model, run, places).logits()
 
     with trying(model), without_router(model), attention_kept(model):
         try:
             wanted = read()
             with trunk_alone(model, depth) as seen:
                 read()
-            if seen[0].shape[:-1] != rows.shape:  # several streams of states
+            if seen[0].ndim != 3:  # several streams of states
                 return False
             with given_trunk(model, depth, seen[0]):
                 return is_close_in(dtype, read(), wanted)

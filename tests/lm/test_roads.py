@@ -154,24 +154,22 @@ def test_rows_padded_on_the_left_are_read_or_refused(kind):
 
 def test_a_rope_that_switches_for_a_whole_batch_bounds_the_room():
     """Longer documents would change what is said of the shorter ones beside them."""
-    model = tiny.causal("phi3", rope_parameters=LONG)
+    model = tiny.causal("phi3", rope_parameters=LONG, original_max_position_embeddings=16)
     assert room_of(model) == 16 and room_of(tiny.causal("phi3")) == 64
     rows = lay_out(tiny.drawn((9, 4)), tiny.drawn((9, 5), 1), 0, "cpu")
-    with pytest.raises(
-        ValueError, match=r"row 0 has a prompt of 9 .* room for 16"
-    ):
+    with pytest.raises(ValueError, match=r"row 0 has a prompt of 9 .* room for 16"):
         response_logprobs(model, rows, 1.0)
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "gemma2", "stablelm", "gptj", "mixtral"])
 def test_a_reward_model_is_tried_as_well(kind):
     """Its scores are those of its documents alone, by whatever road."""
-    keys = {"gpt_oss": {"num_local_experts": 2, "head_dim": 8}, "mixtral": MOE}.get(kind, {})
+    keys = {"gpt_oss": MOE | {"head_dim": 8}, "mixtral": MOE}.get(kind, {})
     model, documents = tiny.scorer(kind, **keys), tiny.drawn((5, 9, 2))
     with torch.no_grad():
         wanted = torch.stack([model(torch.tensor([d])).logits[0, 0] for d in documents])
     take_scoring_road(model, learns=True)
-    assert has_forest(model) == (kind in ("gemma2", "stablelm", "mixtral"))
+    assert has_forest(model) == (kind in ("gemma2", "mixtral"))
     assert tiny.far(score_documents(model, documents, 4), wanted) <= 1e-5
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tasks.lm import logprobs
 from tasks.lm.forest import Segment, has_forest, plant, serve_forest
 from tasks.lm.padding import flush_left, left_pad, pad_forest, positions_of
-from tasks.lm.roads import check_road
+from tasks.lm.roads import check_road, take_road
 from tasks.lm.sequences import (
     Sequences,
     _at,
@@ -318,12 +318,13 @@ def test_positions_that_begin_behind_the_padding_index():
             assert tiny.far(row[: len(response)], alone(model, prompt, response, 0.7)) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["gptj", "bloom", "gemma2", "mamba"])
+@pytest.mark.parametrize("kind", ["gptj", "bloom", "bart", "mamba"])
 @torch.no_grad()
 def test_a_model_the_forest_cannot_serve_takes_padded_rows(kind):
-    """Attention of its own, alibi, a cap and a window, no attention at all: the numbers of each row alone."""
+    """Attention of its own, alibi, positions that count padding, no attention: the numbers of each row."""
     model = tiny.causal(kind)
-    assert not serve_forest(model) and not has_forest(model)
+    take_road(model)
+    assert not has_forest(model)
     prompts, responses = tiny.drawn((4, 9, 1), 1), tiny.drawn((5, 1, 3), 2)
     found = response_logprobs(model, lay_out(prompts, responses, tiny.PAD, "cpu"), 0.7)
     for row, prompt, response in zip(found, prompts, responses, strict=True):
