@@ -59,8 +59,9 @@ def tried(kind: str) -> tuple[str, str, str, str]:
         take_road(model, learns=True)
     except ValueError as error:
         assert not has_forest(model)
-        with pytest.raises(ValueError):
-            generate(model, prompts, max_tokens=2, eos_id=None, pad_id=0)
+        if "cannot be trained" not in str(error):
+            with pytest.raises(ValueError):
+                generate(model, prompts, max_tokens=2, eos_id=None, pad_id=0)
         return "refused", "", "", str(error).split(" ", 1)[1]
     sequences = lay_out(prompts, responses, 0, "cpu")
     with torch.no_grad():
@@ -80,15 +81,17 @@ def tried(kind: str) -> tuple[str, str, str, str]:
         assert said == [greedy(before, prompt, 4) for prompt in prompts], "greedy"
         with prepared(model):
             way = way_of(model)
-    return "forest" if has_forest(model) else "padded", way, frozen(model, sequences), ""
+    kept = frozen(model, sequences)
+    road = "forest" if has_forest(model) else "padded"
+    return (road, way, kept, "") if kept.isdigit() else (road, way, "refused", kept)
 
 
 def frozen(model, sequences) -> str:
-    """How many of two blocks run once where one is trained; what they make is what a whole forward makes."""
+    """How many blocks run once where the last is trained, or why none is; what they make is the same."""
     try:
         freeze_layers(model, 1)
     except ValueError as error:
-        return str(error).split(" ", 1)[1][:60]
+        return str(error)
     depth = frozen_depth(model)
     if depth:
         with torch.no_grad():
