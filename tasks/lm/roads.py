@@ -77,6 +77,7 @@ def check_road(model: nn.Module, learns: bool = False) -> Road:
     """
     road = remembered(model, ("causal", learns), lambda: try_causal(model, learns))
     if road.refusal:
+        _of_model.pop(unwrapped(model), None)  # its configuration may be put right
         raise ValueError(f"{type(unwrapped(model)).__name__} {road.refusal}")
     leave_whole(model, road.is_whole)
     return road
