@@ -60,7 +60,7 @@ OWN_KEYS = {
         "num_attention_heads": 2, "max_position_embeddings": 64,
     },
     "gemma": LLAMA | {"head_dim": 8},
-    "gemma2": LLAMA | {"head_dim": 8},
+    "gemma2": LLAMA | {"head_dim": 8, "attn_logit_softcapping": 4.0},
     "t5": T5,
     "mt5": T5,
     "bart": BART,

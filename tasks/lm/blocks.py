@@ -108,6 +108,7 @@ def _block(queries: Sequence[Tensor], keys: Sequence[Tensor], is_causal: bool) -
 def attend(
     sight: Sight, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0,
     scaling: float | None = None, window: int | None = None, bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention block by block. query [T, heads, D], key [U, heads, D], value [U, heads, E] -> [T, heads, E].
 
@@ -120,8 +121,9 @@ def attend(
         scaling: of the products; 1/√D where None.
         window: a token sees itself and this many − 1 before it.
         bias: [1, heads, ≥ Q, ≥ K] added to the products, by a query's and a key's place in their segments.
+        softcap: the products z become softcap · tanh(z / softcap) (Gemma 2).
     """
-    if sight.runs and bias is None and (window is None or window >= max(sight.runs)):
+    if sight.runs and bias is None and softcap is None and (window is None or window >= max(sight.runs)):
         return _attend_alone(sight.runs, query, key, value, dropout, scaling)
     outputs = []
     for block in sight.blocks:
@@ -130,7 +132,7 @@ def attend(
         k, v = (_side_by_side(x, block.keys, n) for x in (key, value))
         sees = block.sees if window is None or window >= columns else _near(block.sees, window)
         near = None if bias is None else bias[:, :, :rows, :columns]
-        out = _attend(q, k, v, sees, near, dropout, scaling)
+        out = _attend(q, k, v, sees, near, dropout, scaling, softcap)
         outputs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, block.real))
     return torch.cat(outputs).index_select(0, sight.order)
 
@@ -153,14 +155,19 @@ def _near(sees: Tensor, window: int) -> Tensor:
     return sees & (torch.arange(sees.shape[-1], device=sees.device) >= sees.sum(-1, keepdim=True) - window)
 
 
-def _attend(query, key, value, sees, bias, dropout, scaling) -> Tensor:
-    """Attention of one block; the CPU's flash kernel is slow on few keys, where two plain products do it."""
-    if query.device.type != "cpu" or key.shape[2] > SMALL_BLOCK or dropout:
+def _attend(query, key, value, sees, bias, dropout, scaling, softcap=None) -> Tensor:
+    """Attention of one block; the CPU's flash kernel is slow on few keys, where two plain products do it.
+
+    No kernel caps the products; then two plain ones do it too.
+    """
+    if softcap is None and (query.device.type != "cpu" or key.shape[2] > SMALL_BLOCK or dropout):
         mask = sees if bias is None else bias.masked_fill(~sees, float("-inf"))
         return functional.scaled_dot_product_attention(
             query, key, value, mask, dropout_p=dropout, scale=scaling
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     odds = query * scale @ key.transpose(-1, -2)
+    if softcap is not None:
+        odds = softcap * (odds / softcap).tanh()
     odds = (odds if bias is None else odds + bias).masked_fill(~sees, float("-inf"))
-    return odds.softmax(-1) @ value
+    return functional.dropout(odds.softmax(-1), dropout) @ value if dropout else odds.softmax(-1) @ value

@@ -71,7 +71,13 @@ class RowCache(Cache):
         return new
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Attention of one token a row. query [B, heads, 1, D], a layer's buffers -> [B, 1, heads, D].
 
@@ -81,6 +87,7 @@ class RowCache(Cache):
             value: [B, key heads, C, E].
             scaling: of the products; 1/√D where None.
             window: a token sees itself and this many − 1 before it.
+            softcap: as of :func:`tasks.lm.blocks.attend`.
         """
         query = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # queries of one key head side by side
         query, stop, found = query.to(key.dtype), self.column + 1, []
@@ -90,7 +97,10 @@ class RowCache(Cache):
                 seen = group.rows, slice(None), slice(first, stop)
                 mask = None if first >= group.full else self.mask[group.rows, :, :, first:stop]
                 some = query[group.rows], key[seen], value[seen]
-                found.append(scaled_dot_product_attention(*some, mask, scale=scaling))
+                if softcap is None:
+                    found.append(scaled_dot_product_attention(*some, mask, scale=scaling))
+                else:
+                    found.append(_capped(*some, mask, scaling, softcap))
         return torch.cat(found).flatten(1, 2)[:, None]
 
     def begin(self) -> None:
@@ -136,6 +146,13 @@ class RowCache(Cache):
         token_bytes = keys[0, :, 0].nbytes + values[0, :, 0].nbytes
         cuts = cut(self.lengths, WORTH_A_CALL.get(self.device.type, float("inf")) / token_bytes)
         self.groups = [Group(slice(a, b), starts[a], starts[b - 1]) for a, b in pairwise(cuts)]
+
+
+def _capped(query, key, value, mask, scaling: float | None, softcap: float) -> Tensor:
+    """Attention whose products are capped, which no kernel does."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    odds = softcap * (query * scale @ key.transpose(-1, -2) / softcap).tanh()
+    return (odds if mask is None else odds + mask).softmax(-1) @ value
 
 
 def cut(lengths: Sequence[int], worth: float) -> list[int]:

@@ -1,9 +1,10 @@
 """Next-token logits of a batch of rows, token by token, over a key-value cache.
 
 A model that serves the forest reads its prompts in a row without padding, then each row's new token over a
-:class:`tasks.lm.cache.RowCache`; any other model reads padded rows, with the cache that it makes itself. Both
-ways read a prompt that several rows share once, and both give up rows that have ended. An encoder-decoder's
-prompts are read by its encoder (:mod:`tasks.lm.target_decoding`).
+:class:`tasks.lm.cache.RowCache`; any other model reads rows padded on the left, or of one length, with the
+cache that it makes itself, or all anew at each step: whichever of these says what its plain forward says. All
+ways but the last read a prompt that several rows share once, and all give up rows that have ended. An
+encoder-decoder's prompts are read by its encoder (:mod:`tasks.lm.target_decoding`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
 
 from tasks.lm.cache import RowCache
 from tasks.lm.forest import (
@@ -23,11 +24,22 @@ from tasks.lm.forest import (
     has_forest,
     plant,
     run_forest,
-    serve_forest,
     unwrapped,
 )
+from tasks.lm.heads import predict
+from tasks.lm.modes import evaluating
+from tasks.lm.padding import left_pad, positions_of
+from tasks.lm.roads import (
+    alone,
+    attention_kept,
+    is_close_in,
+    remembered,
+    take_road,
+    trial_tokens,
+    trying,
+    without_router,
+)
 from tasks.lm.seq2seq import is_seq2seq
-from tasks.lm.sequences import left_pad, positions_of
 from tasks.lm.target_decoding import TargetDecoder
 
 PREFILL_TOKENS = 8192  # most of one forward over several prompts
@@ -36,19 +48,43 @@ PREFILL_TOKENS = 8192  # most of one forward over several prompts
 @contextmanager
 def prepared(model) -> Iterator[None]:
     """In evaluation mode, and served by the forest where it can be; afterwards as it was."""
-    parts = [part for part in unwrapped(model).modules() if isinstance(part, PreTrainedModel)]
-    attentions = [part.config._attn_implementation for part in parts]
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        serve_forest(model)
+    with attention_kept(model), evaluating(model), without_router(model):
+        take_road(model)
+        way_of(model)
         yield
-    finally:
-        for part, attention in zip(parts, attentions, strict=True):
-            if part.config._attn_implementation != attention:
-                part.set_attn_implementation(attention)
-        for module in training:
-            module.training = True
+
+
+def way_of(model) -> str:
+    """How rows of a model are decoded: the first of `WAYS` that says what plain forwards say.
+
+    Tried with a few tokens, once for a model and all like it.
+
+    Raises:
+        ValueError: none does.
+    """
+    if is_seq2seq(model):
+        return "target"
+    return remembered(model, ("decoding", has_forest(model)), lambda: _try_ways(model))
+
+
+def parts_of(model, order: Sequence[int], prompts: Sequence[Sequence[int]], rows: int) -> Iterator[list[int]]:
+    """What is decoded side by side: at most so many rows; of one length, where a model reads no padding.
+
+    Args:
+        model: :func:`prepared`.
+        order: indices of the prompts, the longest first.
+        prompts: all of them.
+        rows: most of a part.
+    """
+    part: list[int] = []
+    for i in order:
+        is_other = part and way_of(model) == "alike" and len(prompts[i]) != len(prompts[part[0]])
+        if part and (is_other or len(part) == rows):
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
 
 
 def decoder_of(model, prompts: Sequence[Sequence[int]], room: int, dtype: torch.dtype | None):
@@ -65,14 +101,52 @@ def decoder_of(model, prompts: Sequence[Sequence[int]], room: int, dtype: torch.
         if not distinct or prompt != distinct[-1]:
             distinct.append(prompt)
         of.append(len(distinct) - 1)
-    if is_seq2seq(model):
-        return TargetDecoder(model, distinct, of)
-    if has_forest(model):
+    way = way_of(model)
+    if way == "forest":
         if dtype is not None and model.device.type == "cpu":
             dtype = torch.float32  # attention over one token a row is twice as fast as in bfloat16
         cache = RowCache([len(prompt) for prompt in prompts], room, model.device, dtype)
         return ForestDecoder(model, distinct, of, cache)
-    return PaddedDecoder(model, distinct, of)
+    return WAYS[way](model, distinct, of)
+
+
+@torch.no_grad()
+def _try_ways(model) -> str:
+    long, short, like, *answers = trial_tokens(model, (6, 3, 6, 3, 3, 3))
+    dtype = next(model.parameters()).dtype
+    with trying(model):
+        for way in WAYS:
+            if way == "target" or (way == "forest" and not has_forest(model)):
+                continue
+            prompts = [long, long, like if way == "alike" else short]
+            try:
+                wanted = _plain(model, prompts, answers)
+                if is_close_in(dtype, _decoded(way, model, prompts, answers), wanted):
+                    return way
+            except Exception:  # caches fail in many ways; the last way needs none
+                continue
+    name = type(unwrapped(model)).__name__
+    raise ValueError(f"{name} cannot be decoded: no way says what its plain forward says")
+
+
+def _decoded(way: str, model, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Tensor:
+    """Logits of three rows, and of two of them where the middle one has ended. -> [8, V]."""
+    if way == "forest":
+        cache = RowCache([len(prompt) for prompt in prompts], len(answers[0]), model.device)
+        decoder = ForestDecoder(model, [prompts[0], prompts[2]], [0, 0, 1], cache)
+    else:
+        decoder = WAYS[way](model, [prompts[0], prompts[2]], [0, 0, 1])
+    tokens = torch.tensor(answers, device=model.device)
+    found = [decoder.read(), decoder.step(tokens[:, 0])]
+    left = torch.tensor([0, 2], device=model.device)
+    decoder.select(left)
+    return torch.cat([*found, decoder.step(tokens[left, 1])])
+
+
+def _plain(model, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> Tensor:
+    each = [alone(model, [*p, *a])[len(p) - 1 :] for p, a in zip(prompts, answers, strict=True)]
+    rows = (0, 1, 2), (0, 1, 2), (0, 2)  # that are left at each step
+    return torch.stack([each[row][t] for t, left in enumerate(rows) for row in left])
 
 
 class ForestDecoder:
@@ -174,3 +248,52 @@ class PaddedDecoder:
         )  # fmt: skip
         self.cache = getattr(out, "past_key_values", None)
         return out.logits[:, -1]
+
+
+class AlikeDecoder(PaddedDecoder):
+    """Of a model that reads no padding: prompts of one length, with the cache that the model makes itself.
+
+    Arguments as of :class:`ForestDecoder`.
+    """
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        out = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True)
+        self.cache = getattr(out, "past_key_values", None)
+        return out.logits[:, -1]
+
+
+class RereadingDecoder:
+    """Of a model whose cache does not serve: each step reads the whole rows again.
+
+    Arguments as of :class:`ForestDecoder`.
+    """
+
+    def __init__(self, model, prompts: Sequence[Sequence[int]], of: list[int]) -> None:
+        self.model, self.rows = model, [list(prompts[prompt]) for prompt in of]
+
+    def read(self) -> Tensor:
+        """Read the rows. -> logits [n, V]."""
+        device = next(self.model.parameters()).device
+        tokens = pad_sequence([torch.tensor(row) for row in self.rows], batch_first=True).to(device)
+        ends = torch.tensor([len(row) - 1 for row in self.rows], device=device)
+        places = ends + torch.arange(len(self.rows), device=device) * tokens.shape[1]
+        return predict(self.model, lambda model: model(tokens, use_cache=False), places).logits()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one token more of each row, [n] -> logits [n, V]."""
+        for row, token in zip(self.rows, tokens.tolist(), strict=True):
+            row.append(token)
+        return self.read()
+
+    def select(self, rows: Tensor) -> None:
+        """Give up all rows but these."""
+        self.rows = [list(self.rows[row]) for row in rows.tolist()]
+
+
+WAYS = {  # the fastest first
+    "forest": ForestDecoder,
+    "padded": PaddedDecoder,
+    "alike": AlikeDecoder,
+    "anew": RereadingDecoder,
+    "target": TargetDecoder,
+}

@@ -29,7 +29,7 @@ from tasks.lm import flex
 from tasks.lm.blocks import Sight, attend, look
 from tasks.lm.cache import RowCache
 
-OF_OTHERS = ("softcap", "s_aux", "sinks", "indices", "block_indices")  # what other attentions take
+OF_OTHERS = ("s_aux", "sinks", "indices", "block_indices")  # what other attentions take
 RELATIVE = ("mt5", "t5")  # encoder-decoders that tasks.lm.pairs serves
 NO_MASK = torch.empty(1, 1, 0, 0)  # any 4-D mask is handed on as it is
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
@@ -136,13 +136,17 @@ def forest_attention(
         ValueError: the layer is causal and the forest is not, or the reverse; the layer needs what a forest
             does not serve; several rows at once.
     """
+    softcap = keys.get("softcap")
+    if forest is None and softcap is not None:
+        return _capped_attention(module, query, key, value, attention_mask, scaling, dropout, softcap)
     if forest is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask,
             dropout=dropout, scaling=scaling, is_causal=is_causal, **keys,
         )  # fmt: skip
     if isinstance(forest, RowCache):
-        return forest.attend(query, key, value, scaling, keys.get("sliding_window")), None
+        capped = {"softcap": keys.get("softcap")}
+        return forest.attend(query, key, value, scaling, keys.get("sliding_window"), **capped), None
     if query.shape[0] != 1:
         raise ValueError(f"a forest is one row; {query.shape[0]} rows came")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -152,16 +156,33 @@ def forest_attention(
     if others or (window is not None and not is_causal):
         what = others[0] if others else "a window that looks ahead"
         raise ValueError(f"{type(module).__name__} uses {what}, which a forest does not serve")
-    if forest.mask is not None and flex.can_fuse(query, dropout, window):
+    if forest.mask is not None and softcap is None and flex.can_fuse(query, dropout, window):
         out = flex.fused(query, key, value, forest.mask, scaling).transpose(1, 2)
     else:
         groups = getattr(module, "num_key_value_groups", 1)
         heads = (x[0].transpose(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
-        bias = keys.get("position_bias")
-        out = attend(sight, *heads, dropout=dropout, scaling=scaling, window=window, bias=bias)[None]
+        keys = {"scaling": scaling, "window": window, "bias": keys.get("position_bias"), "softcap": softcap}
+        out = attend(sight, *heads, dropout=dropout, **keys)[None]
     if (seen := _windows.get()) is not None:
         seen.append(window)
     return out, None
+
+
+def _capped_attention(module, query, key, value, mask, scaling, dropout: float, softcap: float):
+    """Plain attention whose products are capped, as transformers' eager one does it; SDPA cannot."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    odds = softcap * (query @ key.transpose(2, 3) * scale / softcap).tanh()
+    if mask is None:
+        seen = torch.ones(odds.shape[-2:], dtype=torch.bool, device=odds.device)
+        mask = seen.tril(odds.shape[-1] - odds.shape[-2])
+    mask = mask[..., : odds.shape[-1]]
+    least = torch.finfo(odds.dtype).min  # finite: padding sees nothing, and must stay a number
+    odds = odds.masked_fill(~mask, least) if mask.dtype == torch.bool else odds + mask
+    weights = odds.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = torch.nn.functional.dropout(weights, dropout) if dropout else weights
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("forest", forest_attention)
@@ -184,8 +205,6 @@ def enable_forest(model) -> None:
         reasons.append("is an encoder-decoder of another kind than T5")
     elif attentions != _attentions(config):
         reasons.append(f"has {attentions} attentions in {config.num_hidden_layers} layers")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        reasons.append("caps its attention's logits")
     if any(name.endswith("sinks") for name, _ in bare.named_parameters()):
         reasons.append("has attention sinks")
     if not reasons:

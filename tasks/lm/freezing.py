@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import nn
 
 from tasks.lm.forest import unwrapped
+from tasks.lm.modes import evaluating
+
+_stacks: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
 def freeze_layers(model: nn.Module, num_layers_unfrozen: int | None) -> None:
@@ -51,12 +56,41 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
         stacks = [m for m in bare.get_decoder().children() if isinstance(m, nn.ModuleList)]
         what = "one stack of blocks in a decoder"
     else:
-        layers = bare.config.get_text_config().num_hidden_layers
+        layers = getattr(bare.config.get_text_config(), "num_hidden_layers", None)
         stacks = [m for m in bare.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-        what = f"one stack of {layers} blocks"
+        what = "one stack of blocks that run one after the other"
+        if len(stacks) != 1:
+            if bare not in _stacks:
+                _stacks[bare] = _run_in_order(bare)
+            stacks = [bare.get_submodule(name) for name in _stacks[bare]]
     if len(stacks) != 1:
         raise ValueError(f"{type(bare).__name__} has no {what} to freeze")
     return stacks[0]
+
+
+def _run_in_order(bare: nn.Module) -> list[str]:
+    """Names of the lists of modules that one forward runs from first to last, each once.
+
+    Of lists in lists the outer ones, and of these the longest.
+    """
+    lists = {name: m for name, m in bare.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    of = {module: (name, i) for name, stack in lists.items() for i, module in enumerate(stack)}
+    ran: dict[str, list[int]] = {name: [] for name in lists}
+
+    def note(module: nn.Module, _) -> None:
+        name, i = of[module]
+        ran[name].append(i)
+
+    hooks = [module.register_forward_pre_hook(note) for module in of]
+    try:
+        _run_one_token(bare)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    whole = [name for name in lists if ran[name] == list(range(len(lists[name])))]
+    outer = [name for name in whole if not any(name.startswith(f"{other}.") for other in lists)]
+    most = max((len(lists[name]) for name in outer), default=0)
+    return [name for name in outer if len(lists[name]) == most]
 
 
 @torch.no_grad()
@@ -74,16 +108,29 @@ def _run_before(model: nn.Module, blocks: nn.ModuleList, trunk: int) -> list[nn.
         hooks.append(blocks[trunk].register_forward_pre_hook(lambda *_: is_over.append(True), prepend=True))
     else:
         hooks.append(blocks[-1].register_forward_hook(lambda *_: is_over.append(True)))
-    token = torch.zeros(1, 1, dtype=torch.long, device=next(bare.parameters()).device)
     try:
-        if bare.config.is_encoder_decoder:  # without a head of classes, which looks for eos
-            bare.base_model(input_ids=token, decoder_input_ids=token)
-        else:
-            bare(input_ids=token)
+        _run_one_token(bare)
     finally:
         for hook in hooks:
             hook.remove()
     return found
+
+
+@torch.no_grad()
+def _run_one_token(bare: nn.Module) -> None:
+    """A forward for those who watch it; no mode and no random state is another one afterwards."""
+    device = next(bare.parameters()).device
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    with evaluating(bare), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            if bare.config.is_encoder_decoder:  # without a head of classes, which looks for eos
+                bare.base_model(input_ids=token, decoder_input_ids=token)
+            else:
+                bare(input_ids=token, use_cache=False)
+        except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+            raise ValueError(
+                f"{type(bare).__name__} cannot be run on one token, to find what its blocks read: {error}"
+            ) from error
 
 
 def _owns_parameters(module: nn.Module) -> bool:

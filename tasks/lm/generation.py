@@ -17,7 +17,7 @@ import torch
 from numpy.random import Philox
 from torch import Tensor
 
-from tasks.lm.decoding import decoder_of, prepared
+from tasks.lm.decoding import decoder_of, parts_of, prepared
 from tasks.lm.ends import ids_of
 from tasks.lm.forest import unwrapped
 from tasks.lm.prepack import prepacked
@@ -147,8 +147,7 @@ def generate(
     low = AUTOCAST[dtype]
     with torch.autocast(model.device.type, low, enabled=low is not None), prepared(model):
         with prepacked(model, low) if width >= LEAST_TOKENS else nullcontext():
-            for first in range(0, len(order), rows):
-                part = order[first : first + rows]
+            for part in parts_of(model, order, prompts, rows):
                 noise = None if uniforms is None else uniforms[part].to(model.device)
                 most = torch.tensor([limits[i] for i in part], device=model.device)
                 decoder = decoder_of(model, [prompts[i] for i in part], int(most.max()), low)

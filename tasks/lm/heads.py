@@ -38,6 +38,12 @@ class Predictions:
     bias: Tensor | None  # [V]
     places: Tensor  # [N] int64, rows of `states`
 
+    def logits(self) -> Tensor:
+        """Of all N places at once, [N, V] float32."""
+        states = self.states[self.places]
+        logits = states if self.weight is None else functional.linear(states, self.weight, self.bias)
+        return logits.float()
+
     def summed_nll(self, tokens: Tensor) -> Tensor:
         """Sum of −log p of the tokens [N] there, nats."""
         return summed_nll(self.states, self.weight, self.bias, self.places, tokens)

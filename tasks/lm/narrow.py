@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
 from tasks.lm.forest import unwrapped
 
 WORTH = 0.9  # of the tokens; when more are read, all are computed
+
+_whole: WeakSet[nn.Module] = WeakSet()  # models whose last MLP reads more than the token it is asked about
 
 
 @contextmanager
@@ -31,7 +34,8 @@ def last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
     mlp = getattr(block, "mlp", None)
     runs_again = getattr(block, "gradient_checkpointing", False) and block.training  # when the hooks are gone
     runs_again = runs_again or "forward" in getattr(block, "__dict__", ())  # by tasks.lm.checkpointing
-    if not isinstance(mlp, nn.Module) or runs_again or not len(places):
+    is_whole = unwrapped(model) in _whole
+    if not isinstance(mlp, nn.Module) or runs_again or is_whole or not len(places):
         yield
         return
     distinct, shape = places.unique(), []
@@ -46,8 +50,10 @@ def last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
     def take(_, inputs, out):
         if not shape:
             return None
-        whole = out.new_zeros(*shape[0][:-1], out.shape[-1])
-        return whole.flatten(0, -2).index_copy(0, distinct, out[0]).view_as(whole)
+        added, *beside = out if isinstance(out, tuple) else (out,)  # experts give their choice as well
+        whole = added.new_zeros(*shape[0][:-1], added.shape[-1])
+        whole = whole.flatten(0, -2).index_copy(0, distinct, added[0]).view_as(whole)
+        return (whole, *beside) if isinstance(out, tuple) else whole
 
     hooks = [mlp.register_forward_pre_hook(give, with_kwargs=True), mlp.register_forward_hook(take)]
     try:
@@ -55,6 +61,11 @@ def last_mlp_at(model: nn.Module, places: Tensor) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def leave_whole(model: nn.Module, is_wanted: bool = True) -> None:
+    """From now on the last MLP of this model is computed everywhere; or else only where it is read."""
+    (_whole.add if is_wanted else _whole.discard)(unwrapped(model))
 
 
 def _last_block(model: nn.Module) -> nn.Module | None:

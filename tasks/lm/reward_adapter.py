@@ -17,11 +17,11 @@ from torch.nn import functional
 
 from tasks.lm.adapter_files import SavedAdapter, put_on, read_adapter, tensors_of, write_adapter
 from tasks.lm.adapters import has_adapter
-from tasks.lm.forest import Segment, first_position, has_forest, plant, run_forest, serve_forest
+from tasks.lm.forest import Segment, has_forest, plant, run_forest
 from tasks.lm.heads import predict
 from tasks.lm.modes import evaluating
+from tasks.lm.roads import mask_keys, take_road
 from tasks.lm.scoring import check_room, room_of
-from tasks.lm.sequences import positions_of
 from tasks.lm.switching import at_work
 
 REWARD = "reward_model_adapter"
@@ -122,8 +122,8 @@ class ScoredByAdapter(nn.Module):
         check_room([row[row.bool()] for row in is_real], room_of(self.pretrained_model), "row")
         places = torch.arange(input_ids.numel(), device=input_ids.device)
         keys = {
-            "position_ids": positions_of(is_real) + first_position(self.pretrained_model),
             "attention_mask": is_real,
+            **mask_keys(self.pretrained_model, is_real),
             "use_cache": False,
             **keys,
         }
@@ -151,7 +151,7 @@ class ScoredByAdapter(nn.Module):
             )
         check_room(documents, room_of(self.pretrained_model))
         model, scores = self.pretrained_model, []
-        serve_forest(model)
+        take_road(model)
         for first in range(0, len(documents), rows):
             part = documents[first : first + rows]
             scores.append(self._packed(part) if has_forest(model) else self._padded(part))

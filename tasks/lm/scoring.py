@@ -24,6 +24,17 @@ from tasks.lm.forest import (
 )
 from tasks.lm.modes import evaluating
 from tasks.lm.narrow import last_mlp_at
+from tasks.lm.roads import (
+    Road,
+    attention_kept,
+    check_losses,
+    is_close_in,
+    remembered,
+    said,
+    slopes_of,
+    trial_tokens,
+    trying,
+)
 
 # Encoders whose heads read the first token of what this stack gives: packed. All others take padded rows.
 STACKS = {
@@ -42,8 +53,18 @@ def is_encoder(model) -> bool:
 
 
 def room_of(model) -> int | None:
-    """Most tokens of a document that the model has places for; None: no bound."""
-    most = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    """Most tokens of a document that the model has places for; None: no bound.
+
+    A rope that takes other frequencies for long rows (longrope, dynamic) takes them for a batch as a whole:
+    documents that are longer than its original length would change what is said of their neighbours.
+    """
+    config = unwrapped(model).config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(each for each in ropes.values() if isinstance(each, dict))):
+        original = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") in ("longrope", "dynamic") and original:
+            most = original if most is None else min(most, original)
     return most and most - first_position(model)
 
 
@@ -103,7 +124,7 @@ def score_documents(model, documents: Sequence[Sequence[int]], rows: int) -> Ten
         ValueError: a document that the model has no places for; the message names its row.
     """
     check_room(documents, room_of(model))
-    serve_forest(model)
+    take_scoring_road(model)
     scores = []
     with evaluating(model):
         for first in range(0, len(documents), rows):
@@ -111,6 +132,71 @@ def score_documents(model, documents: Sequence[Sequence[int]], rows: int) -> Ten
             forest = plant(roots, is_causal=not is_encoder(model)).to(model.device)
             scores.append(forest_scores(model, forest, range(len(roots))))
     return torch.cat(scores).cpu()
+
+
+def take_scoring_road(model, learns: bool = False) -> None:
+    """The forest where it serves a reward model, tried against its documents one by one; else padded rows.
+
+    Args:
+        model: a reward model, bare or under PEFT. An encoder-decoder is not tried.
+        learns: a gradient is tried as well, and what a loss would have to add is looked for.
+
+    Raises:
+        ValueError: neither gives the scores of the documents alone.
+    """
+    if learns:
+        check_losses(model)
+    bare = unwrapped(model)
+    if bare.config.is_encoder_decoder:
+        serve_forest(model)
+        return
+    road = remembered(model, ("scores", learns), lambda: _try_scores(model, learns))
+    if road.refusal:
+        raise ValueError(f"{type(bare).__name__} {road.refusal}")
+    if road.is_forest:
+        serve_forest(model)
+
+
+@torch.no_grad()
+def _try_scores(model, learns: bool) -> Road:
+    dtype, device = (getattr(next(model.parameters()), name) for name in ("dtype", "device"))
+    question, *rest = trial_tokens(model, (6, 5, 4, 3))
+    documents = [question + rest[0], question + rest[1], rest[2]]
+    with trying(model), attention_kept(model):
+        try:
+            rows = [torch.tensor([d], device=device) for d in documents]
+            keys = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+            wanted = torch.stack([model(**each).logits[0, 0].float() for each in keys])
+            found = _padded_scores(model, documents)
+        except Exception as error:  # models refuse in many ways
+            return Road(refusal=f"cannot be read as a reward model: {said(error)}")
+        if not is_close_in(dtype, found, wanted):
+            return Road(refusal="scores a document otherwise when it stands beside longer ones")
+        return Road(_forest_serves(model, documents, wanted, learns))
+
+
+def _forest_serves(model, documents: list[list[int]], wanted: Tensor, learns: bool) -> bool:
+    """Whether a forest gives these scores, and the gradient of their sum that padded rows give."""
+    if not serve_forest(model):
+        return False
+    if is_encoder(model):
+        segments, ends = [Segment(document) for document in documents], (0, 1, 2)
+    else:
+        first, second, third = documents
+        segments = [Segment(first[:6]), Segment(first[6:], 0), Segment(second[6:], 0), Segment(third)]
+        ends = (1, 2, 3)
+    forest = plant(segments, is_causal=not is_encoder(model)).to(wanted.device)
+    dtype = next(model.parameters()).dtype
+    try:
+        if not is_close_in(dtype, forest_scores(model, forest, ends), wanted):
+            return False
+        if not learns:
+            return True
+        runs = (lambda: forest_scores(model, forest, ends)), (lambda: _padded_scores(model, documents))
+        packed, padded = (slopes_of(model, forest.tokens, lambda run=run: run().sum()) for run in runs)
+        return is_close_in(dtype, packed, padded)
+    except Exception:  # whatever a model makes of a forest, padded rows serve it
+        return False
 
 
 def _first_token_scores(model, forest: Forest, segments: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """Prompts and responses in padded tensors, and what a language model says of each response token.
 
-The tensors are padded, the forward is not: a model that serves the forest sees the real tokens only, any
-other model the padded rows; the numbers are the same.
+The tensors are padded on both sides, what is read is not: a model that serves the forest sees the real tokens
+only, any other model rows padded on the right, where nothing looks; the numbers are the same.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from tasks.lm.critic import calls_of
-from tasks.lm.forest import Forest, Segment, first_position, has_forest, plant, run_forest
+from tasks.lm.forest import Forest, Segment, has_forest, plant, run_forest
 from tasks.lm.heads import Predictions, predict
 from tasks.lm.modes import evaluating
+from tasks.lm.padding import flush_left, left_pad
+from tasks.lm.roads import check_road, without_router
 from tasks.lm.room import speaking_room
 from tasks.lm.seq2seq import is_seq2seq, predict_targets
 from tasks.lm.switching import at_work
@@ -46,22 +47,6 @@ class Sequences:
     def rows(self, index: Tensor) -> Sequences:
         """Some rows."""
         return Sequences(*(getattr(self, f.name)[index] for f in fields(self)))
-
-
-def left_pad(rows: Sequence[Sequence[int] | Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pad on the left: B lists or 1-D tensors -> tokens [B, P], is_real [B, P]; P ≥ 1."""
-    width = max(1, *map(len, rows))
-    tokens = torch.full((len(rows), width), pad_id)
-    is_real = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        tokens[i, width - len(row) :] = torch.as_tensor(row)
-        is_real[i, width - len(row) :] = True
-    return tokens, is_real
-
-
-def positions_of(is_real: Tensor) -> Tensor:
-    """Position ids that skip padding. [B, S] -> [B, S]."""
-    return (is_real.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def lay_out(
@@ -132,26 +117,6 @@ def plant_sequences(sequences: Sequences) -> tuple[Forest, Tensor, Tensor]:
     return forest.to(device), torch.tensor(places, dtype=torch.long, device=device), where.to(device)
 
 
-def pad_forest(forest: Forest) -> tuple[Tensor, Tensor]:
-    """Every leaf with its ancestors as a row of its own, for a causal model that no forest serves.
-
-    Returns:
-        tokens [B, S], padded on the right, where no real token sees it; and where each of the forest's T
-        places stands in the B·S, [T]: those that several rows repeat, in the first of them.
-    """
-    device, ends = forest.tokens.device, zip(forest.starts, forest.lengths, strict=True)
-    own = [torch.arange(start, start + length, device=device) for start, length in ends]
-    paths: list[Tensor] = []
-    for i, parent in enumerate(forest.parents):
-        paths.append(own[i] if parent < 0 else torch.cat([paths[parent], own[i]]))
-    leaves = [path for i, path in enumerate(paths) if i not in forest.parents]
-    tokens = pad_sequence([forest.tokens[path] for path in leaves], batch_first=True)
-    where = torch.empty_like(forest.tokens)
-    for row, path in reversed(list(enumerate(leaves))):
-        where[path] = row * tokens.shape[1] + torch.arange(len(path), device=device)
-    return tokens, where
-
-
 def read_responses(
     model,
     sequences: Sequences,
@@ -177,13 +142,14 @@ def read_responses(
         [B, R] each, zero where there is no token. The value of a token is that of the state before it.
 
     Raises:
-        ValueError: a row that the model has no places for.
+        ValueError: a row that the model has no places for, or a model that no road serves.
     """
     mask, causal = sequences.is_response, getattr(model, "pretrained_model", model)
     head = getattr(model, "v_head", None)
     branch = None if head is None else head.branch
     blocks = [] if branch is None else branch.originals(causal)
     learns = torch.is_grad_enabled()
+    _check_road(causal)
     with evaluating(None if learns else model):
         with torch.set_grad_enabled(learns and not freeze_trunk), calls_of(blocks) as calls:
             found, places, _ = _predict(causal, sequences, trunk)
@@ -203,6 +169,7 @@ def read_trunk(causal, sequences: Sequences, depth: int) -> TrunkStates:
         sequences: B rows.
         depth: blocks.
     """
+    _check_road(causal)
     with evaluating(causal), trunk_alone(causal, depth) as seen, encoder_states(causal) as read:
         _, _, where = _predict(causal, sequences)
     states = [each[0].flatten(0, -2) for each in (read, seen) if each]
@@ -240,6 +207,8 @@ def response_kl(
     """
     other = model if ref_model is None else ref_model
     policy, frozen = (getattr(each, "pretrained_model", each) for each in (model, other))
+    for each in (policy, frozen):
+        _check_road(each)
     with evaluating(policy, frozen):
         own, _, _ = _predict(policy, sequences, trunk)
         if trunk is not None and not shares_trunk(policy, frozen, trunk.depth):
@@ -269,21 +238,29 @@ def _predict(
         ValueError: a row that the model has no places for.
     """
     _check_room(causal, sequences)
+    with without_router(causal):
+        return _predicted(causal, sequences, trunk)
+
+
+def _predicted(causal, sequences: Sequences, trunk: TrunkStates | None):
     if is_seq2seq(causal):
         return predict_targets(causal, sequences, trunk)
     if has_forest(causal):
         forest, places, where = plant_sequences(sequences)
         with _from(causal, trunk, where, sequences.is_real, (len(forest.tokens),)):
             return predict(causal, lambda model: run_forest(model, forest), places), places, where
-    mask, width = sequences.is_response, sequences.tokens.shape[1]
-    rows, columns = mask.nonzero(as_tuple=True)
-    places = rows * width + width - mask.shape[1] - 1 + columns  # the place before a token predicts it
-    where = torch.arange(sequences.tokens.numel(), device=mask.device).view_as(sequences.tokens)
-    positions = positions_of(sequences.is_real) + first_position(causal)
-    keys = {"attention_mask": sequences.is_real.long(), "position_ids": positions}
-    with _from(causal, trunk, where, sequences.is_real, sequences.tokens.shape):
-        run = lambda model: model(sequences.tokens, use_cache=False, **keys)  # noqa: E731
-        return predict(causal, run, places), places, where
+    tokens, where = flush_left(sequences.tokens, sequences.is_real)
+    columns = where[:, -sequences.is_response.shape[1] :]
+    places = columns[sequences.is_response] - 1  # a place predicts the next token
+    with _from(causal, trunk, where, sequences.is_real, tokens.shape):
+        found = predict(causal, lambda model: model(tokens, use_cache=False), places)
+    return found, places, where
+
+
+def _check_road(causal) -> None:
+    """Refuse what no road serves; what the forest serves was tried before, and what has an encoder is not."""
+    if not has_forest(causal) and not is_seq2seq(causal):
+        check_road(causal)
 
 
 def _check_room(causal, sequences: Sequences) -> None:

@@ -15,12 +15,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tasks.lm.forest import RELATIVE, running_only, unwrapped
+from tasks.lm.forest import RELATIVE, Segment, has_forest, plant, run_forest, running_only, unwrapped
 from tasks.lm.freezing import blocks_of, trunk_of
+from tasks.lm.heads import predict
 from tasks.lm.pairs import handed_on
+from tasks.lm.roads import attention_kept, is_close_in, remembered, trial_tokens, trying, without_router
 
 WITH_ENCODER = (*RELATIVE, "bart", "blenderbot", "m2m_100", "marian", "mbart", "pegasus")  # tried
-WITH_WEIGHTS = ("bloom", "gptj")  # whose blocks give their attention's weights as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,37 @@ def frozen_depth(model: nn.Module) -> int:
     depth = is_free.index(True) if any(is_free) else len(blocks)
     while depth and any(p.requires_grad for part in trunk_of(model, depth) for p in part.parameters()):
         depth -= 1  # something else runs there and learns: the embeddings, mostly
+    if depth and not config.is_encoder_decoder:
+        what = "trunk", depth, has_forest(model)
+        return depth if remembered(model, what, lambda: _hands_on(model, depth)) else 0
     return depth
+
+
+@torch.no_grad()
+def _hands_on(model: nn.Module, depth: int) -> bool:
+    """Whether the blocks above a trunk say of its states what the whole model says, of a few tokens."""
+    rows = torch.tensor(trial_tokens(model, (6, 6)), device=next(model.parameters()).device)
+    places, dtype = torch.arange(rows.numel(), device=rows.device), next(model.parameters()).dtype
+
+    forest = plant([Segment(row) for row in rows.tolist()]).to(rows.device) if has_forest(model) else None
+
+    def run(model):
+        return model(rows, use_cache=False) if forest is None else run_forest(model, forest)
+
+    def read() -> Tensor:
+        return predict(model, run, places).logits()
+
+    with trying(model), without_router(model), attention_kept(model):
+        try:
+            wanted = read()
+            with trunk_alone(model, depth) as seen:
+                read()
+            if seen[0].ndim != 3:  # several streams of states
+                return False
+            with given_trunk(model, depth, seen[0]):
+                return is_close_in(dtype, read(), wanted)
+        except Exception:  # blocks may read more than states
+            return False
 
 
 def shares_trunk(model: nn.Module, other: nn.Module, depth: int) -> bool:
@@ -138,19 +169,20 @@ class Hydra:
 def trunk_alone(model: nn.Module, depth: int) -> Iterator[list[Tensor]]:
     """Inside, a forward runs the first `depth` blocks, and notes what comes out of them, [..., H]."""
     blocks, seen = blocks_of(model), []
+    hand_on = _hand_on(model)  # which may run the model, unseen by the hooks
 
-    def note(_, inputs):
-        seen.append(inputs[0])
+    def note(_, inputs, keys):
+        seen.append(_states_in(inputs, keys))
 
     def note_last(_, inputs, out):
         seen.append(out[0] if isinstance(out, tuple) else out)
 
     if depth < len(blocks):
-        hook = blocks[depth].register_forward_pre_hook(note)
+        hook = blocks[depth].register_forward_pre_hook(note, with_kwargs=True)
     else:
         hook = blocks[-1].register_forward_hook(note_last)
     try:
-        with _replaced({block: _hand_on(model) for block in blocks[depth:]}), running_only(slice(depth)):
+        with _replaced(dict.fromkeys(blocks[depth:], hand_on)), running_only(slice(depth)):
             yield seen
     finally:
         hook.remove()
@@ -185,9 +217,29 @@ def _hand_on(model: nn.Module) -> Callable:
     kind = unwrapped(model).config.model_type
     if kind in RELATIVE:
         return partial(handed_on, blocks_of(model)[0])
-    if kind in WITH_WEIGHTS:
-        return lambda hidden, *_, **__: (hidden, None)
-    return lambda hidden, *_, **__: hidden
+    more = remembered(model, ("block",), lambda: _given_beside(model))
+    if more is None:
+        return lambda *args, **keys: _states_in(args, keys)
+    return lambda *args, **keys: (_states_in(args, keys), *([None] * more))
+
+
+def _states_in(args: tuple, keys: dict) -> Tensor:
+    """What a block reads."""
+    return args[0] if args else keys["hidden_states"]
+
+
+@torch.no_grad()
+def _given_beside(model: nn.Module) -> int | None:
+    """How many things a block gives beside its states; None where it gives these alone."""
+    seen: list = []
+    rows = torch.tensor(trial_tokens(model, (2,)), device=next(model.parameters()).device)
+    hook = blocks_of(model)[0].register_forward_hook(lambda _, inputs, out: seen.append(out))
+    try:
+        with trying(model), without_router(model):
+            unwrapped(model)(input_ids=rows, use_cache=False)
+    finally:
+        hook.remove()
+    return len(seen[0]) - 1 if isinstance(seen[0], tuple) else None
 
 
 @contextmanager

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tasks.lm.adapters import add_adapter, has_adapter
 from tasks.lm.critic import ValueBranch, ValueHead, branch_layers, calls_of, states_of
-from tasks.lm.forest import first_position, unwrapped
+from tasks.lm.forest import unwrapped
 from tasks.lm.heads import check_causal
 from tasks.lm.hub import VALUE_HEAD
 from tasks.lm.loading import load_causal, load_seq2seq
 from tasks.lm.reward_adapter import REWARD, ScoredByAdapter, load_reward_adapter
+from tasks.lm.roads import mask_keys
 from tasks.lm.saved_policy import (
     load_policy,
     read_value_head,
@@ -28,7 +29,6 @@ from tasks.lm.saved_policy import (
     warn_of_pickle,
 )
 from tasks.lm.seq2seq import check_seq2seq
-from tasks.lm.sequences import positions_of
 from tasks.lm.trl_names import TRLNames, as_peft_config
 from tasks.run.finite import check_weights
 
@@ -235,12 +235,13 @@ class ModelWithValueHead(ScoredByAdapter, TRLNames):
         if is_cached and branch is not None:
             raise ValueError("past_key_values: a value branch keeps no cache; it needs the whole sequences")
         blocks = [] if branch is None else branch.originals(self.pretrained_model)
+        places = self._positions(input_ids, attention_mask)  # which may try the model, unseen by the hooks
         with calls_of(blocks) as calls, states_of(self.pretrained_model) as states:
             out = self.pretrained_model(
                 input_ids=input_ids,
                 past_key_values=past_key_values,
                 attention_mask=attention_mask,
-                **{"use_cache": is_cached, **self._positions(input_ids, attention_mask), **keys},
+                **{"use_cache": is_cached, **places, **keys},
             )
         values = self.v_head(states[0] if branch is None else branch(calls))
         outputs = out.logits.float(), out.loss, values
@@ -275,8 +276,8 @@ class AutoModelForCausalLMWithValueHead(ModelWithValueHead):
     def _positions(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> dict[str, Tensor]:
         if input_ids is None or attention_mask is None or attention_mask.ndim != 2:
             return {}
-        places = positions_of(attention_mask) + first_position(self.pretrained_model)
-        return {"position_ids": places[:, -input_ids.shape[1] :]}
+        keys = mask_keys(self.pretrained_model, attention_mask)
+        return {name: places[:, -input_ids.shape[1] :] for name, places in keys.items()}
 
 
 class AutoModelForSeq2SeqLMWithValueHead(ModelWithValueHead):

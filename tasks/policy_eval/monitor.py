@@ -10,8 +10,8 @@ import torch
 
 from params.schema import MonitorParams, Params
 from tasks.lm.ends import ends_of
-from tasks.lm.forest import serve_forest
 from tasks.lm.reward_model import RewardModel, scale_of
+from tasks.lm.roads import take_road
 from tasks.lm.sequences import lay_out, read_responses
 from tasks.policy_eval.card import Answers, check_scores
 from tasks.run.layout import Layout
@@ -68,7 +68,7 @@ def entropies(
     model, flat: Sequence[tuple[list[int], list[int]]], pad_id: int, temperature: float, microbatch: int
 ) -> np.ndarray:
     """Entropy of a causal model, nats, mean over the tokens of each (prompt, response). -> [N·K]."""
-    serve_forest(model)
+    take_road(model)
     found = []
     for first in range(0, len(flat), microbatch):
         sequences = lay_out(*zip(*flat[first : first + microbatch], strict=True), pad_id, model.device)

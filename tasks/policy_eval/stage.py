@@ -11,10 +11,10 @@ from pyarrow import parquet
 
 from params.schema import Params
 from tasks.lm.ends import ends_of
-from tasks.lm.forest import serve_forest
 from tasks.lm.generation import draw_uniforms, generate, row_seeds
 from tasks.lm.loading import load_causal, load_tokenizer
 from tasks.lm.reward_model import RewardModel
+from tasks.lm.roads import take_road
 from tasks.lm.sequences import lay_out, response_logprobs
 from tasks.policy_eval.card import (
     Answers,
@@ -74,7 +74,7 @@ def kl_to_sft(
 ) -> np.ndarray:
     """KL of the policy to SFT, nats per response, on the policy's own samples (k1 estimate). -> [N·K]."""
     for model in (policy, sft):
-        serve_forest(model)
+        take_road(model)
     flat = [(row["prompt"], r) for row, own in zip(rows, answers.tokens, strict=True) for r in own]
     found = []
     for first in range(0, len(flat), microbatch):

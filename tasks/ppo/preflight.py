@@ -163,7 +163,7 @@ def _read_alone(
     """Log-probabilities of the whole vocabulary at each token of a response, by a plain forward. [R, V]."""
     model = trainer.model.pretrained_model
     ids = torch.tensor([[*prompt, *response]], device=trainer.device)
-    keys = {"attention_mask": torch.ones_like(ids), "use_cache": False, "logits_to_keep": len(response) + 1}
+    keys = {"attention_mask": torch.ones_like(ids), "use_cache": False}
     with precision:
         if is_seq2seq(model):
             logits = logits_alone(model, prompt, response)

@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tasks.lm.checkpointing import recompute_blocks
 from tasks.lm.ends import ends_of
-from tasks.lm.forest import serve_forest
 from tasks.lm.freezing import blocks_of, freeze_layers
 from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
 from tasks.lm.masked import alone, masked_mean
@@ -24,6 +23,7 @@ from tasks.lm.modes import in_evaluation
 from tasks.lm.optimizer import check_optimizer, make_optimizer
 from tasks.lm.precision import autocast
 from tasks.lm.reference import create_reference_model
+from tasks.lm.roads import take_road
 from tasks.lm.room import Room, speaking_room
 from tasks.lm.seq2seq import is_seq2seq, start_of, warn_of_start
 from tasks.lm.sequences import lay_out, read_responses
@@ -151,7 +151,7 @@ class PPOTrainer(Kept, TRLCalls):
         self.ref_model = self._reference_of(ref_model, num_shared_layers)
         for served in (self.model, self.ref_model):
             if served is not None:
-                serve_forest(causal_of(served))
+                take_road(causal_of(served), learns=served is self.model)
         branch = self.model.v_head.branch
         self.hydra = Hydra.of(
             causal_of(self.model),

@@ -15,11 +15,10 @@ from transformers.trainer_utils import PredictionOutput
 
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.dropout import disable_dropout
-from tasks.lm.forest import serve_forest
 from tasks.lm.freezing import freeze_layers
 from tasks.lm.loading import load_reward, load_tokenizer
 from tasks.lm.precision import autocast
-from tasks.lm.scoring import check_scorer, forest_scores, is_encoder, room_of
+from tasks.lm.scoring import check_scorer, forest_scores, is_encoder, room_of, take_scoring_road
 from tasks.lm.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
 from tasks.reward.config import RewardConfig
 from tasks.reward.fitting import fit_special_tokens, length_rule_of, weighted_by_gap
@@ -86,7 +85,7 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced,
         freeze_layers(model, args.num_layers_unfrozen)
         if args.disable_dropout:
             disable_dropout(model)
-        serve_forest(model)
+        take_scoring_road(model, learns=True)
         is_causal = not is_encoder(model)
         self.read = Reader(
             tokenizer=processing_class,

@@ -18,13 +18,14 @@ from transformers.trainer_utils import PredictionOutput
 
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.ends import fit_special_tokens, save_tokenizer
-from tasks.lm.forest import has_forest, run_forest, serve_forest, unwrapped
+from tasks.lm.forest import has_forest, run_forest, unwrapped
 from tasks.lm.freezing import freeze_layers
 from tasks.lm.heads import Predictions, check_causal, predict
 from tasks.lm.loading import fit_embeddings, load_causal, load_tokenizer
+from tasks.lm.padding import pad_forest
 from tasks.lm.precision import autocast
+from tasks.lm.roads import take_road
 from tasks.lm.scoring import room_of
-from tasks.lm.sequences import pad_forest
 from tasks.lm.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
 from tasks.run.finite import FiniteTraining, check_weights
 from tasks.run.held_out import HeldOut
@@ -65,9 +66,9 @@ class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced, Sa
         keys: Trainer's, and `tokenizer`; what each does stands in docs/trainers.md.
 
     Raises:
-        ValueError: no causal language model; a weight that is not finite; a row that cannot teach, by its
-            number; several GPUs in one process; a setting that nothing follows. In training, a loss or
-            gradient that is not finite, or no step at all.
+        ValueError: a model that no road serves (:func:`tasks.lm.roads.take_road`); a weight that is not
+            finite; a row that cannot teach, by its number; several GPUs in one process; a setting that
+            nothing follows. In training, a loss or gradient that is not finite, or no step at all.
         TypeError: an argument that is none.
     """
 
@@ -100,7 +101,7 @@ class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced, Sa
         if peft_config is not None:
             model = add_adapter(model, config=peft_config)
         freeze_layers(model, args.num_layers_unfrozen)
-        serve_forest(model)
+        take_road(model, learns=True)
         _warn_of_halves(model)
         self.read = Reader(
             tokenizer=processing_class,

@@ -85,3 +85,19 @@ def test_nothing_left_and_no_one_stack():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing is left to train"):
         freeze_layers(model, 1)
+
+
+def test_blocks_are_what_runs_in_order():
+    """Lists that do not run, or stand in a block, are no stack; without one that runs there is none."""
+    model = tiny.causal()
+    wanted = blocks_of(model)
+    model.unused = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    wanted[0].mlp.parts = torch.nn.ModuleList([wanted[0].mlp.gate_proj, wanted[0].mlp.up_proj])
+    random = torch.get_rng_state()
+    assert blocks_of(model) is wanted and torch.equal(torch.get_rng_state(), random)
+    freeze_layers(model, 1)
+    assert not any(p.requires_grad for p in wanted[0].parameters())
+    both = tiny.causal()
+    both.model.beside = torch.nn.ModuleList([both.model.rotary_emb, both.model.norm])
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no one stack of blocks that run one"):
+        blocks_of(both)

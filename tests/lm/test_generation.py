@@ -27,8 +27,9 @@ SERVED = [
     ("gpt2", {}),
     ("gpt_neox", {}),
     ("opt", {}),
+    ("gemma2", {"sliding_window": 4}),
 ]
-PADDED = [("bloom", {}), ("gptj", {}), ("gemma2", {"sliding_window": 4})]
+PADDED = [("bloom", {}), ("gptj", {})]
 COUNTING = ("roberta", {"is_decoder": True})  # positions from behind the padding index
 NAMES = [f"{kind}{len(keys) or ''}" for kind, keys in SERVED + PADDED]
 
@@ -474,5 +475,19 @@ def test_a_prompt_and_its_response_may_fill_the_context():
 def test_what_is_no_language_model_is_refused():
     with pytest.raises(ValueError, match="is no causal language model"):
         generate(tiny.scorer("bert"), [[5]], max_tokens=2, **SPECIAL)
-    with pytest.raises(ValueError, match="MambaForCausalLM keeps no cache"):
-        generate(tiny.causal("mamba", hidden_size=16), [[5]], max_tokens=2, **SPECIAL)
+
+
+@pytest.mark.parametrize(("kind", "way"), [("bart", "alike"), ("mamba", "anew"), ("bloom", "padded")])
+def test_what_reads_no_padding_is_decoded_otherwise(kind, way):
+    """Rows of one length side by side, or whole rows anew: the plain greedy ones, whatever ends first."""
+    model, prompts = tiny.causal(kind, seed=3), ragged()
+    with decoding.prepared(model):
+        assert decoding.way_of(model) == way
+    found = generate(model, [*prompts, prompts[2]], max_tokens=[4, 1, 5, 6, 2, 3, 6, 3], **ENDLESS).lists()
+    for prompt, response in zip([*prompts, prompts[2]], found, strict=True):
+        row = list(prompt)
+        for token in response:
+            with torch.no_grad():
+                logits = model(torch.tensor([row]), use_cache=False).logits[0, -1]
+            assert int(logits.argmax()) == token
+            row.append(token)

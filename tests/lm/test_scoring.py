@@ -11,8 +11,8 @@ from tasks.lm import blocks
 from tasks.lm.forest import Segment, enable_forest, plant, run_forest, serve_forest
 from tasks.lm.scoring import STACKS, forest_scores, is_encoder, score_documents
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "opt")
-PADDED_DECODERS = ("gptj", "bloom", "gemma2")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "opt", "gemma2")
+PADDED_DECODERS = ("gptj", "bloom")
 PADDED_ENCODERS = ("deberta-v2", "modernbert", "albert")
 
 

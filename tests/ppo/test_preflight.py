@@ -189,8 +189,11 @@ def test_positions_that_count_padding_are_found(monkeypatch, dtype):
     trainer = made("gpt2", dtype=dtype)
     monkeypatch.setattr(tasks.lm.sequences, "has_forest", lambda model: False)
     preflight(trainer, PROMPTS, varied)
-    places = lambda is_real: torch.arange(is_real.shape[1]).expand(is_real.shape)  # noqa: E731
-    monkeypatch.setattr(tasks.lm.sequences, "positions_of", places)
+
+    def as_they_stand(tokens, is_real):
+        return tokens, torch.arange(tokens.numel()).view_as(tokens).masked_fill(~is_real, 0)
+
+    monkeypatch.setattr(tasks.lm.sequences, "flush_left", as_they_stand)
     assert "log-probabilities depend on the batch or its padding" in refused(trainer)
 
 
