@@ -12,7 +12,7 @@ import yaml
 from params import inputs
 from params.estimate import describe
 from params.inputs import BASES, KEYS, RAW, Record, read_record, record_path, record_text
-from params.links import Link, dump_links, hub_names, model_links, recorded_names, relinked
+from params.links import Link, dump_links, expanded, hub_names, model_links, recorded_names, relinked
 from params.load import ParamsError, read, read_mapping, validate
 from params.render import render
 
@@ -70,7 +70,10 @@ def use(preset: str, settings: list[str]) -> str:
     if preset not in presets():
         raise ParamsError(f"no preset {preset!r}; there are {', '.join(presets())}")
     values = read_mapping(PRESETS / f"{preset}.yaml")
-    given: dict[str, Any] = dict(_setting(text) for text in settings)
+    given: dict[str, Any] = {}
+    for key, value in map(_setting, settings):
+        if given.setdefault(key, value) != value:
+            raise ParamsError(f"{key} is given twice, as {given[key]!r} and as {value!r}")
     earlier = {folder: read_record(Path(), folder) for folder in KEYS}
     links: dict[Path, list[Link]] = {folder: [] for folder in KEYS}
     named: dict[Path, list[str]] = {folder: [] for folder in KEYS}  # recorded already, and meant as recorded
@@ -89,7 +92,8 @@ def use(preset: str, settings: list[str]) -> str:
             folder: _recorded(folder, links[folder], named[folder], earlier[folder]) for folder in KEYS
         }
         inputs.replace_together({**{record_path(f): record_text(records[f]) for f in KEYS}, PARAMS: text})
-    return f"{PARAMS}: preset {preset}" + "".join(map(_told, KEYS, (links[f] for f in KEYS)))
+    told = (_told(folder, links[folder], records[folder] != earlier[folder]) for folder in KEYS)
+    return f"{PARAMS}: preset {preset}" + "".join(told)
 
 
 def check() -> str:
@@ -144,11 +148,12 @@ def _recorded(folder: Path, links: list[Link], named: list[str], earlier: Record
     return absent | {link.name: inputs.measure(folder / link.name, Path()) for link in links}
 
 
-def _told(folder: Path, links: list[Link]) -> str:
-    """What the user hears of a folder of links."""
-    return (
-        f", {len(links)} file(s) linked into {folder} and recorded in {record_path(folder)}" if links else ""
-    )
+def _told(folder: Path, links: list[Link], is_new: bool) -> str:
+    """What the user hears of a folder of links, and of the files that DVC has of it, when they are others."""
+    words = f", {len(links)} file(s) linked into {folder} and recorded in {record_path(folder)}"
+    tracked = folder.with_name(f"{folder.name}.dvc")
+    old = f"; {tracked} still has the earlier ones: `dvc add --no-relink {folder}`"
+    return (words if links else "") + (old if links and is_new and tracked.exists() else "")
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -176,11 +181,13 @@ def _base_links(key: str, base: str, earlier: Record) -> tuple[list[Link], list[
 
     A Hub id has one slash at most and names no folder.
     """
-    folder = Path(base).expanduser()
+    folder = expanded(base)
     if not base:
         return [], []
-    if base == str(BASES[key]) and earlier and not any((folder / name).exists() for name in earlier):
-        return [], sorted(earlier)
+    if folder.absolute() == BASES[key].absolute():  # however it is written
+        here = [name for name in sorted(earlier) if (folder / name).exists()]
+        if len(here) < len(earlier):  # a part that is not here is no part of a smaller model
+            return [Link(name, (folder / name).resolve()) for name in here], sorted(set(earlier) - set(here))
     if folder.is_dir():
         return model_links(folder, key), []
     if base.count("/") > 1 or base.startswith((".", "/", "~")):

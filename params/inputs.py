@@ -57,7 +57,7 @@ def read_record(root: Path, folder: Path) -> Record:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        again = f"`git checkout {record_path(folder)}` brings it back"
+        again = f"`git checkout HEAD {record_path(folder)}` brings it back"
         raise ParamsError(f"{path} is no record of files; {again}") from None
 
 

@@ -51,7 +51,7 @@ def dump_links(value: str, recorded: Collection[str] = ()) -> list[Link]:
             if (RAW / part).exists():
                 links[part] = Link(part, (RAW / part).resolve())
             continue
-        for path in _dump_files(Path(part).expanduser()):
+        for path in _dump_files(expanded(part)):
             is_bare = path.name.startswith(("Posts.", "PostLinks."))
             name = _text_name(f"{path.parent.absolute().name}.{path.name}" if is_bare else path.name)
             if name in links:
@@ -62,13 +62,21 @@ def dump_links(value: str, recorded: Collection[str] = ()) -> list[Link]:
     return [links[name] for name in sorted(links)]
 
 
+def expanded(path: str) -> Path:
+    """With `~` as the home it stands for; a name may begin so and stand for none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def recorded_names(value: str, recorded: Collection[str]) -> list[str]:
     """The names in `data.source=<value>` that stand for what is recorded, here or not."""
     return sorted({part for part in _parts(value) if _is_recorded(part, recorded)})
 
 
 def _is_recorded(part: str, recorded: Collection[str]) -> bool:
-    return part in recorded and not Path(part).expanduser().exists()
+    return part in recorded and not expanded(part).exists()
 
 
 def _text_name(name: str) -> str:
@@ -144,7 +152,7 @@ def _parts(value: str, hub: bool | None = False) -> list[str]:
         if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
             raise ParamsError(f"data.source: {value!r} is no list of names")
     else:  # a comma may be part of a name
-        parts = [value] if Path(value).expanduser().exists() else value.split(",")
+        parts = [value] if expanded(value).exists() else value.split(",")
     parts = [part.strip() for part in parts if part.strip()]
     return [part for part in parts if hub is None or part.startswith(HUB) is hub]
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 warnings.filterwarnings("ignore", message='Field name "register"')  # a stage's word; shadows ABCMeta.register
 
@@ -27,6 +28,13 @@ class Section(BaseModel):
     """A frozen group of parameters; an unknown key is an error that names it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
+            raise PydanticCustomError("number_type", "a number is expected")
+        return value
 
 
 class MachineParams(Section):

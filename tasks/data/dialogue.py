@@ -20,8 +20,9 @@ ROLES = {
     "function_call": ASSISTANT,
     "tool": TOOL, "function": TOOL, "observation": TOOL, "ipython": TOOL,
 }  # fmt: skip
-NOT_READ = ("tools", "images", "videos", "audios")
-SPEAKER = re.compile(rf"\n\n({SYSTEM}|{USER}|{ASSISTANT}):")
+NOT_READ = ("tools", "images", "videos", "audios", "image", "video", "audio")
+PROMPTS = ("prompt", "conversations", "instruction", "question", "query", "conversation", "messages", "input")
+SPEAKER = re.compile(rf"(?:\A|\n\n)({SYSTEM}|{USER}|{ASSISTANT}):")
 
 Row = Mapping[str, Any]
 Turn = tuple[str, str]  # who, what
@@ -58,7 +59,7 @@ def prompt_of(row: Row) -> list[Turn]:
     turns = [(SYSTEM, string(row["system"], "system"))] if row.get("system") else []
     for asked, said in row.get("history") or ():
         turns += [(USER, string(asked, "history")), (ASSISTANT, string(said, "history"))]
-    for name in ("prompt", "conversations", "instruction", "question", "query"):
+    for name in PROMPTS:
         value = row.get(name)
         if value is None or value == "":
             continue
@@ -83,9 +84,9 @@ def answered(row: Row, value: Any, name: str) -> tuple[list[Turn], str]:
     """
     before = prompt_of(row)
     if isinstance(value, str):
-        prompt = row.get("prompt")
-        text = value.removeprefix(prompt) if isinstance(prompt, str) else value
-        turns = transcript(text) if is_transcript(text) else [(ASSISTANT, text)]
+        text = _without_prompt(row, value)
+        is_whole = is_transcript(text) and (text.startswith("\n\n") or not before)
+        turns = transcript(text) if is_whole else [(ASSISTANT, text)]
         if not before and len(turns) == 1:
             raise Unreadable(
                 "unreadable_row", f"no prompt, and {name!r} is no dialogue that begins with Human:"
@@ -101,6 +102,13 @@ def answered(row: Row, value: Any, name: str) -> tuple[list[Turn], str]:
         spoken = ", ".join(other for other, _ in turns) or "nobody"
         raise Unreadable("not_the_assistant", f"{name!r}: the turns are {spoken}")
     return before, answer
+
+
+def _without_prompt(row: Row, value: str) -> str:
+    """An answer less the prompt that all of its row repeat; one alone may just begin with its words."""
+    prompt, others = row.get("prompt"), [row.get(name) for name in ("chosen", "rejected")]
+    repeats = isinstance(prompt, str) and all(str(one).startswith(prompt) for one in [value, *others])
+    return value.removeprefix(prompt) if repeats else value
 
 
 def _whole(before: list[Turn], turns: list[Turn]) -> list[Turn]:
@@ -126,6 +134,8 @@ def turns_of(value: Any, name: str) -> list[Turn]:
         role = message.get("role") or message.get("from")
         if not isinstance(role, str) or role.lower() not in ROLES:
             raise Unreadable("unreadable_row", f"{name!r}: a message of role {role!r}")
+        if message.get("tool_calls"):
+            raise Unreadable("unreadable_row", f"{name!r}: a message with a call of tools, no text")
         said = message.get("content") if message.get("content") is not None else message.get("value")
         turn = ROLES[role.lower()], _content(said, name)
         if turn != (SYSTEM, ""):
@@ -143,9 +153,10 @@ def _content(value: Any, name: str) -> str:
 
 
 def is_transcript(text: str) -> bool:
-    """Whether a text is a dialogue as hh-rlhf writes it."""
+    """Whether a text is a dialogue as hh-rlhf writes it; one without the first blank line has an answer."""
     found = SPEAKER.match(text)
-    return bool(found) and found[1] != ASSISTANT
+    is_plain = not text.startswith("\n\n") and f"\n\n{ASSISTANT}:" not in text
+    return bool(found) and found[1] != ASSISTANT and not is_plain
 
 
 def transcript(text: str) -> list[Turn]:

@@ -27,6 +27,11 @@ Row = Mapping[str, Any]
 Group = tuple[str, list[Post]]  # site ("" for the file's own), the question and its answers
 Shape = Callable[[Row], Group]
 UNSTATED = "unstated"
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
 DATE = re.compile(r"[0-9]{4}([-/])[0-9]{2}\1[0-9]{2}(?![0-9])")
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # as in a dump (`repair`)
 
@@ -172,13 +177,15 @@ def _stripped(turns: list[Turn]) -> list[Turn]:
 
 
 def _score_of_rejected(row: Row) -> int:
-    """0 beside the chosen one's 1; 1, a tie, where ultrafeedback's scores say so."""
-    scores = [row.get(name) for name in ("score_chosen", "score_rejected")]
-    if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
-        return 0
-    if scores[0] < scores[1]:
-        raise Unreadable("contradictory_scores", f"score_chosen {scores[0]} < score_rejected {scores[1]}")
-    return int(scores[0] == scores[1])
+    """0 beside the chosen one's 1; 1, a tie, where the scores of ultrafeedback or of argilla say so."""
+    for better, worse in SCORES:
+        chosen, rejected = row.get(better), row.get(worse)
+        if not all(isinstance(score, int | float) and math.isfinite(score) for score in (chosen, rejected)):
+            continue
+        if chosen < rejected:
+            raise Unreadable("contradictory_scores", f"{better} {chosen} < {worse} {rejected}")
+        return int(chosen == rejected)
+    return 0
 
 
 def rated(row: Row) -> Group:

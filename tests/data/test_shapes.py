@@ -320,6 +320,23 @@ DIALOGUES = {
         {"prompt": f"\n\n{LONG}\n\nAssistant:", "chosen": f"\n\n{LONG}\n\nAssistant: Yes",
          "rejected": f"\n\n{LONG}\n\nAssistant: No"}, LONG,
     ),
+    "hh-rlhf without its first blank lines": (
+        {"chosen": f"{LONG}\n\nAssistant: Yes", "rejected": f"{LONG}\n\nAssistant: No"}, LONG,
+    ),
+    "a prompt apart without its first blank lines": (
+        {"prompt": f"{LONG}\n\nAssistant:", "chosen": " Yes", "rejected": " No"}, LONG,
+    ),
+    "LLaMA-Factory, OpenAI's names": (
+        {"messages": say("system Be brief.", "user why?"), "chosen": say("assistant Yes")[0],
+         "rejected": say("assistant No")[0]}, "System: Be brief.\n\nHuman: why?",
+    ),
+    "argilla, conversation": (
+        {"conversation": say("user why?"), "chosen": say("assistant Yes"), "rejected": say("assistant No")},
+        "why?",
+    ),
+    "argilla, input": ({"system": "", "input": "why?", "chosen": "Yes", "rejected": "No"}, "why?"),
+    "alpaca, input alone": ({"instruction": "", "input": "why?", "chosen": "Yes", "rejected": "No"}, "why?"),
+    "an answer begins with the prompt": ({"prompt": "Y", "chosen": "Yes", "rejected": "No"}, "Y"),
     "parts": (
         {"prompt": [{"role": "user", "content": [{"type": "text", "text": "why?"}]}],
          "chosen": "Yes", "rejected": "No"},
@@ -381,6 +398,13 @@ ODD_DIALOGUES = [
         "no text",
     ),
     (BOTH | {"rejected": 7}, "unreadable_row", "'rejected' is int, no text and no messages"),
+    (
+        BOTH | {"rejected": [*say("user why?"), {"role": "assistant", "content": "a", "tool_calls": [{}]}]},
+        "unreadable_row",
+        "call of tools",
+    ),
+    (BOTH | {"image": "a.png"}, "unreadable_row", "'image' is part of the prompt"),
+    (BOTH | {"chosen_rating": 1, "rejected_rating": 2}, "contradictory_scores", "1 < rejected_rating 2"),
     (BOTH | {"images": ["a.png"]}, "unreadable_row", "'images' is part of the prompt"),
     ({"instruction": "a", "output": "b"}, "unreadable_row", "'output' is not a list of two answers"),
 ]
@@ -395,8 +419,9 @@ def test_a_dialogue_that_is_none_is_left_out_by_reason(row, reason, words):
 
 
 def test_equal_scores_are_a_tie():
-    _, (_, *answers) = preferred(BOTH | {"score_chosen": 4, "score_rejected": 4.0})
-    assert [answer.score for answer in answers] == [1, 1]
+    for names in (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating")):
+        _, (_, *answers) = preferred(BOTH | dict(zip(names, (4, 4.0), strict=True)))
+        assert [answer.score for answer in answers] == [1, 1]
 
 
 RATED = [

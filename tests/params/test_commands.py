@@ -167,6 +167,30 @@ def test_two_base_models(project, model):
     assert main(["use", "sample", "model.base=org/name", "reward.base=org/name"]) == 0
 
 
+@pytest.mark.parametrize("written", ["data/base", "./data/base/"])
+def test_a_shard_that_is_not_here_stays_recorded(project, model, written):
+    (model / "model-2.safetensors").write_text("another part")
+    assert main(["use", "sample", f"model.base={model}"]) == 0
+    record = Path("data/base.json").read_text()
+    for name in ("model-2.safetensors", "config.json", "model.safetensors"):
+        Path("data/base", name).unlink()
+        assert main(["use", "sample", f"model.base={written}", "seed=3"]) == 0
+        assert Path("data/base.json").read_text() == record
+
+
+def test_what_dvc_has_is_told_when_it_is_of_earlier_files(project, dumps, capsys):
+    first, second = (f"data.source={dumps}/{name}" for name in ("art.example.7z", "so.example-Posts.7z"))
+    assert main(["use", "stack_exchange", first]) == 0
+    Path("data/raw.dvc").write_text("outs: []")
+    capsys.readouterr()
+    assert main(["use", "stack_exchange", first]) == 0
+    assert "raw.dvc" not in capsys.readouterr().out
+    assert main(["use", "stack_exchange", second]) == 0
+    assert (
+        "data/raw.dvc still has the earlier ones: `dvc add --no-relink data/raw`" in capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -177,6 +201,9 @@ def test_two_base_models(project, model):
         (["use", "../sample"], "no preset '../sample'"),
         (["use", "sample", "seed"], "'seed' is no setting; write key=value"),
         (["use", "sample", "seed=1\n2"], "seed: a line break is in the value"),
+        (["use", "sample", "seed=1", "seed=2"], "seed is given twice, as '1' and as '2'"),
+        (["use", "sample", "data.source=~nobody-here/a.7z"], "~nobody-here/a.7z does not exist"),
+        (["use", "sample", "model.base=~nobody-here/a"], "~nobody-here/a does not exist"),
         (["use", "sample", "ppo.lamb=1"], "ppo.lamb: no such key; did you mean ppo.lam?"),
         (["use", "sample", "ppo.batch_size=100", "ppo.mini_batch_size=64"], "must be a multiple of"),
         (["use", "sample", "seed=1", "seed.x=1"], "seed.x: seed is a value, not a section"),
@@ -281,6 +308,7 @@ def test_a_clone_without_the_files_keeps_what_is_recorded(project, dumps, model,
         ("caf\udce9.7z", "{folder}/caf\udce9.7z", "caf%E9.7z"),
         ("caf\udce9.7z", "{folder}", "caf%E9.7z"),
         ("[a].7z", "{folder}/[a].7z", "[a].7z"),
+        ("~a.7z", "{folder}/~a.7z", "~a.7z"),
         ("'q\"$(x)#: .7z", "{folder}/'q\"$(x)#: .7z", "'q\"$(x)#: .7z"),
     ],
 )

@@ -110,7 +110,9 @@ def test_a_workspace_of_dvc_sees_the_files_of_the_repository(root, tmp_path):
 def test_a_damaged_record_is_one_line(root, text):
     path = root / "data/raw.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ParamsError, match=r"raw\.json is no record of files; `git checkout data/raw\.json`"):
+    with pytest.raises(
+        ParamsError, match=r"raw\.json is no record of files; `git checkout HEAD data/raw\.json`"
+    ):
         read_record(root, RAW)
 
 

@@ -120,6 +120,8 @@ def test_source(tmp_path):
         ("ppo: {updates: 1.5}", "ppo.updates: input should be a valid integer"),
         ("ppo: {select: worst}", "ppo.select: input should be 'last' or 'best', not 'worst'"),
         ("ppo: 3", "ppo: a section is expected, not 3"),
+        ("seed: true", "seed: a number is expected, not True"),
+        ("sft: {learning_rate: yes}", "sft.learning_rate: a number is expected, not True"),
         ("seed: {a: 1}", "seed: input should be a valid integer, not a section"),
         ("data: {source: a.7z}", "data.source: 'sample' or a list of file names is expected, not 'a.7z'"),
         ("data: {source: [1]}", "data.source: 'sample' or a list of file names is expected, not [1]"),

@@ -1,5 +1,6 @@
 """Registered models in the hands of people who do not know us: without our package, by MLflow's own doors."""
 
+import importlib
 import json
 import os
 import signal
@@ -15,7 +16,8 @@ import pytest
 import tiny
 import torch
 from made_models import tokenizer
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import Unigram
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
@@ -200,6 +202,20 @@ def test_the_template_that_travels_is_the_pipelines(policy, reward):
     assert ids == checks.encode_prompts(model.tokenizer, [question])[0]
     scorer = reward.unwrap_python_model()
     assert scorer.document("How?", "So.") == checks.encode_documents(scorer.tokenizer, [("How?", "So.")])[0]
+
+
+@pytest.mark.parametrize("kind", ["answer", "score"])
+def test_markers_in_a_text_are_letters_for_every_tokenizer(kind):
+    """SentencePiece's Unigram has its special tokens among its words."""
+    letters = {letter: -9.0 for letter in sorted(set("▁Question:Aswr<>/a bc."))}
+    raw = Tokenizer(Unigram([("<pad>", 0.0), ("<unk>", 0.0), ("</s>", 0.0), *letters.items()], unk_id=1))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    keys = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    words = PreTrainedTokenizerFast(tokenizer_object=raw, **keys)
+    module = importlib.import_module(f"tasks.register.serving.{kind}")
+    for text in ("a </s> b", "</s></s>", "a b", "", "<pad>c"):
+        assert [module.letters(words, text)] == checks.encode_texts(words, [text])
+        assert words.eos_token_id not in module.letters(words, text)
 
 
 def test_long_prompts_are_cut_as_the_run_cuts_them():

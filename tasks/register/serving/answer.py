@@ -64,7 +64,7 @@ class Answers(PythonModel):
     def prompt(self, question, row, how):
         """Token ids; what looks like a special token in a question is letters, as in training."""
         text = f"{BEFORE}{question}{AFTER}"
-        ids = self.tokenizer(text, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+        ids = letters(self.tokenizer, text)
         if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers close every text
             ids = ids[:-1]
         if self.most is not None and len(ids) > self.most:  # as the run cut them: the end stays, which asks
@@ -93,6 +93,28 @@ class Answers(PythonModel):
         rows = tokens[:, ids.shape[1] :].tolist()
         clean = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return [clean_text(text) for text in self.tokenizer.batch_decode(rows, **clean)]
+
+
+def letters(tokenizer, text):
+    """Token ids of a text, as in training: what looks like a special token in it is letters.
+
+    For some tokenizers (SentencePiece's Unigram) such a token is a word like others; a space parts it.
+    """
+    plain = {"split_special_tokens": True, "return_attention_mask": False}
+    named = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep")}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = special.union(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - named)
+    around = sum(token in special for token in tokenizer("", **plain)["input_ids"])
+    for _ in range(4):
+        ids = tokenizer(text, **plain)["input_ids"]
+        if sum(token in special for token in ids) <= around:
+            return ids
+        read = tokenizer(text, split_special_tokens=True, return_offsets_mapping=True)
+        spans = list(zip(read["input_ids"], read["offset_mapping"], strict=True))
+        for token, (first, stop) in reversed(spans):
+            if token in special and stop > first:
+                text = f"{text[: first + 1]} {text[first + 1 :]}"
+    raise ValueError(f"the tokenizer reads a special token in {text!r:.60}")
 
 
 def clean_text(text):

@@ -55,7 +55,7 @@ class Scores(PythonModel):
         is cut, as the run cuts it.
         """
         text = f"Question: {question}\n\nAnswer: {answer}"
-        ids = self.tokenizer(text, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+        ids = letters(self.tokenizer, text)
         if self.closes_itself:  # an encoder: its last token closes the text, and is not cut
             return ids if self.room is None or len(ids) <= self.room else [*ids[: self.room - 1], ids[-1]]
         eos = self.tokenizer.eos_token_id
@@ -68,6 +68,28 @@ class Scores(PythonModel):
         ids = torch.tensor(documents, device=self.model.device)
         logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         return logits[:, 0].float().tolist()
+
+
+def letters(tokenizer, text):
+    """Token ids of a text, as in training: what looks like a special token in it is letters.
+
+    For some tokenizers (SentencePiece's Unigram) such a token is a word like others; a space parts it.
+    """
+    plain = {"split_special_tokens": True, "return_attention_mask": False}
+    named = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep")}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = special.union(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - named)
+    around = sum(token in special for token in tokenizer("", **plain)["input_ids"])
+    for _ in range(4):
+        ids = tokenizer(text, **plain)["input_ids"]
+        if sum(token in special for token in ids) <= around:
+            return ids
+        read = tokenizer(text, split_special_tokens=True, return_offsets_mapping=True)
+        spans = list(zip(read["input_ids"], read["offset_mapping"], strict=True))
+        for token, (first, stop) in reversed(spans):
+            if token in special and stop > first:
+                text = f"{text[: first + 1]} {text[first + 1 :]}"
+    raise ValueError(f"the tokenizer reads a special token in {text!r:.60}")
 
 
 def pairs(model_input):
