@@ -12,7 +12,8 @@ from torch.optim import SGD, Adam, AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
 
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.optimizer import BETAS, MuonAdamW, make_optimizer
+from tasks.lm import optimizer as optimizers
+from tasks.lm.optimizer import BETAS, MuonAdamW, make_optimizer, newton_schulz
 
 
 def names(model, parameters) -> set[str]:
@@ -62,7 +63,22 @@ def step(model, seed) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=draw)
 
 
-def test_a_step_is_torchs_own():
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 24, 8), (2, 8, 24)])
+def test_products_in_float32_are_as_near_as_those_in_bfloat16(monkeypatch, shape):
+    """Of the same bfloat16 factors, for processors that cannot multiply them; float64 is the truth."""
+    group = {"ns_coefficients": (3.4445, -4.775, 2.0315), "ns_steps": 5, "eps": 1e-7}
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact, far = newton_schulz(matrices.double(), group), []
+    for has_instructions in (True, False):
+        monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device, has=has_instructions: has)
+        found = newton_schulz(matrices, group)
+        assert found.dtype == torch.bfloat16 and found.shape == matrices.shape
+        far.append((found.double() - exact).abs().mean().item())
+    assert far[1] < 1.5 * far[0] and far[1] < 0.02
+
+
+def test_a_step_is_torchs_own(monkeypatch):
+    monkeypatch.setattr("tasks.lm.optimizer.multiplies_bfloat16", lambda device: True)
     ours, theirs = tiny.causal(), tiny.causal()
     optimizer = make_optimizer(ours, "muon", 3e-3, 0.1)
     inner = taken(ours, optimizer.parts["muon"])
