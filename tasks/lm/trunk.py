@@ -236,7 +236,9 @@ def _given_beside(model: nn.Module) -> int | None:
     hook = blocks_of(model)[0].register_forward_hook(lambda _, inputs, out: seen.append(out))
     try:
         with trying(model), without_router(model):
-            unwrapped(model)(input_ids=rows, use_cache=False)
+            bare = unwrapped(model)
+            spoken = {"decoder_input_ids": rows} if bare.config.is_encoder_decoder else {}
+            bare(input_ids=rows, use_cache=False, **spoken)
     finally:
         hook.remove()
     return len(seen[0]) - 1 if isinstance(seen[0], tuple) else None

@@ -57,14 +57,25 @@ def test_what_is_taken(door, keys, base, scorer):
 @pytest.mark.parametrize("door", ["policy", "causal", "reward", "reward model"])
 @pytest.mark.parametrize(
     ("keys", "match"),
-    [({"use_safetensors": False}, r"use_safetensors=False: safetensors alone"),
-     ({"trust_remote_code": True}, r"trust_remote_code=True: code that comes with a model is never run"),
+    [({"trust_remote_code": True}, r"trust_remote_code=True: code that comes with a model is never run"),
      ({"output_loading_info": True}, r"output_loading_info=True: the model alone comes back")],
 )  # fmt: skip
 def test_what_is_refused(door, keys, match, base, scorer):
     with pytest.raises(ValueError, match=match) as found:
         doors(base, scorer)[door](**keys)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("door", ["causal", "reward", "reward model"])
+def test_no_pickle_is_asked_for(door, base, scorer):
+    with pytest.raises(ValueError, match=r"use_safetensors=False: safetensors alone are read, no pickle$"):
+        doors(base, scorer)[door](use_safetensors=False)
+
+
+def test_a_script_that_asks_for_pickles_gets_safetensors(base, scorer, caplog):
+    """TRL's own scripts do; what there is is read, and that is said."""
+    assert doors(base, scorer)["policy"](use_safetensors=False)
+    assert "safetensors are read all the same, and a pickle never is" in caplog.text
 
 
 def test_a_reward_model_has_one_label(scorer):

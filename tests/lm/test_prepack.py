@@ -47,6 +47,9 @@ def test_the_products_are_the_same(dtype, rows):
     assert [name for name in made if "forward" in vars(made[name])] == ["wrapped"]
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no instructions for bfloat16 on this processor"
+)
 def test_weights_of_another_dtype_are_packed_in_their_own():
     made, x = layers().to(torch.bfloat16), torch.randn(5, 512, dtype=torch.bfloat16)
     with torch.no_grad(), prepacked(made):

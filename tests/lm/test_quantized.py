@@ -164,7 +164,8 @@ def test_eight_bit_adam_keeps_embeddings_whole(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", fake)
     model = tiny.causal("gpt2")
     groups, keys = make_optimizer(model, "adamw_8bit", 1e-3, 0.1, (0.9, 0.99))
-    assert keys == {"lr": 1e-3, "betas": (0.9, 0.99)} and [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    assert keys == {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8}
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     tables = [model.transformer.wte, model.transformer.wpe]
     assert asked == [(table, "weight", {"optim_bits": 32}) for table in tables]

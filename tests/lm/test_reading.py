@@ -145,7 +145,8 @@ def by_pointwise(known, prompt, answer):
 
 def by_score(known, prompt, answer):
     seen = []
-    model = RewardModel(None, known, known, shares_tokens=True)
+    scorer = tiny.scorer(vocab_size=len(known), max_position_embeddings=512)
+    model = RewardModel(scorer, known, known, shares_tokens=True)
     asked = from_model(model, known)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

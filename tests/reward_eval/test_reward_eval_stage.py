@@ -11,6 +11,7 @@ import tiny
 import torch
 from cases import one_pair_each
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 
 from tasks import pack
 from tasks.lm.loading import load_tokenizer
@@ -188,10 +189,13 @@ def test_a_score_that_is_not_finite_names_the_question(packed, tmp_path, monkeyp
 
 
 def test_a_broken_model_is_an_error(packed, tmp_path):
-    model = tiny.scorer(vocab_size=len(tiny.tokenizer()))
-    torch.nn.init.constant_(model.score.weight, torch.nan)
-    with pytest.raises(ValueError, match="a score that is not finite to an answer to"):
-        run(tiny.params(), copied(packed, tmp_path, model))
+    layout = copied(packed, tmp_path, tiny.scorer(vocab_size=len(tiny.tokenizer())))
+    path = layout.artifact("reward", "model", "model.safetensors")
+    tensors = load_file(path)
+    tensors["score.weight"].fill_(torch.nan)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.safetensors: score\.weight holds a number that is not fin"):
+        run(tiny.params(), layout)
 
 
 def test_the_judge_stands_beside_and_decides_nothing(packed, tmp_path):
