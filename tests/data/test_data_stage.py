@@ -342,7 +342,7 @@ def test_the_proof_reads_what_was_written(layout, two_sites, monkeypatch):
     wrong = {"unix.example": "sft", "zoo.example": "eval", "art.example": "rl"}
     odd = {0: "reward"}
     monkeypatch.setattr(stage.Homes, "next", lambda self, site, number: odd.get(number % 5, wrong[site]))
-    with pytest.raises(AssertionError, match="stand in two splits"):
+    with pytest.raises(RuntimeError, match="stand in two splits"):
         run(params(*two_sites.data.source, "zoo.example.xml"), layout)
     assert outs(layout) == before
 
