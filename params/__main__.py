@@ -70,10 +70,8 @@ def use(preset: str, settings: list[str]) -> str:
     if preset not in presets():
         raise ParamsError(f"no preset {preset!r}; there are {', '.join(presets())}")
     values = read_mapping(PRESETS / f"{preset}.yaml")
-    given: dict[str, Any] = {}
-    for key, value in map(_setting, settings):
-        if given.setdefault(key, value) != value:
-            raise ParamsError(f"{key} is given twice, as {given[key]!r} and as {value!r}")
+    given: dict[str, Any] = dict(_setting(text) for text in settings)  # of a key given twice the last counts
+    over = [text for text in settings if given[_setting(text)[0]] != _setting(text)[1]]
     earlier = {folder: read_record(Path(), folder) for folder in KEYS}
     links: dict[Path, list[Link]] = {folder: [] for folder in KEYS}
     named: dict[Path, list[str]] = {folder: [] for folder in KEYS}  # recorded already, and meant as recorded
@@ -93,7 +91,8 @@ def use(preset: str, settings: list[str]) -> str:
         }
         inputs.replace_together({**{record_path(f): record_text(records[f]) for f in KEYS}, PARAMS: text})
     told = (_told(folder, links[folder], records[folder] != earlier[folder]) for folder in KEYS)
-    return f"{PARAMS}: preset {preset}" + "".join(told)
+    last = f", of keys given twice the last counts ({', '.join(over)}: passed over)" if over else ""
+    return f"{PARAMS}: preset {preset}{last}" + "".join(told)
 
 
 def check() -> str:

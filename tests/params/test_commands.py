@@ -201,7 +201,6 @@ def test_what_dvc_has_is_told_when_it_is_of_earlier_files(project, dumps, capsys
         (["use", "../sample"], "no preset '../sample'"),
         (["use", "sample", "seed"], "'seed' is no setting; write key=value"),
         (["use", "sample", "seed=1\n2"], "seed: a line break is in the value"),
-        (["use", "sample", "seed=1", "seed=2"], "seed is given twice, as '1' and as '2'"),
         (["use", "sample", "data.source=~nobody-here/a.7z"], "~nobody-here/a.7z does not exist"),
         (["use", "sample", "model.base=~nobody-here/a"], "~nobody-here/a does not exist"),
         (["use", "sample", "ppo.lamb=1"], "ppo.lamb: no such key; did you mean ppo.lam?"),
@@ -268,6 +267,12 @@ def test_check_looks_at_the_files(project, dumps, model, capsys):
     assert capsys.readouterr().out == "data/raw.json: written\n"
     assert (main(["check"]), capsys.readouterr().out) == (0, "params.yaml: ok\n")
     assert (main(["record"]), capsys.readouterr().out) == (0, "every file is as recorded\n")
+
+
+def test_of_a_key_given_twice_the_last_counts_and_that_is_said(project, capsys):
+    assert main(["use", "sample", "seed=1", "seed=2"]) == 0
+    assert "of keys given twice the last counts (seed=1: passed over)" in capsys.readouterr().out
+    assert read().seed == 2
 
 
 def test_every_file_is_recorded_as_dvc_would(project, dumps, model):
