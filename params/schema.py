@@ -217,6 +217,9 @@ class RewardParams(Section):
     length_offset: float = Field(
         0, ge=0, description="share of what length alone tells that the model need not learn"
     )
+    without_eos_share: Share = Field(
+        0, description="chance of an answer to be read without its eos in training, as cut responses are"
+    )
     lora_rank: int = Field(0, ge=0, description="of an adapter, which is merged at the end; 0: all weights")
     lora_alpha: Positive = Field(16, description="the adapter's outputs are multiplied by alpha / rank")
     num_layers_unfrozen: int | None = Field(

@@ -92,24 +92,39 @@ def check_scorer(model) -> None:
         raise ValueError(f"{name} with {labels} labels is no sequence classification with one label")
 
 
-def forest_scores(model, forest: Forest, segments: Sequence[int]) -> Tensor:
-    """Scores of the documents that end with the named segments. A segments -> [A], float32.
+def forest_scores(
+    model, forest: Forest, segments: Sequence[int], but_last: Sequence[int] = ()
+) -> Tensor:
+    """Scores of the documents that end with the named segments. A segments, C segments -> [A + C], float32.
 
     The model runs as a whole, inside its distributed wrapper and adapters; one that serves no forest sees the
     same documents in padded rows.
 
+    Args:
+        model: the reward model.
+        forest: what it reads.
+        segments: whose last tokens end documents.
+        but_last: places in `segments` of documents that are read without their last token as well: a causal
+            model's state before it is all there is of the shorter document, so it costs no token more.
+
     Raises:
-        ValueError: an encoder and a causal forest, or the reverse; more labels than one.
+        ValueError: an encoder and a causal forest, or the reverse; more labels than one; an encoder's
+            document without its last token, or one of which nothing would be left.
     """
     check_scorer(model)
     bare = unwrapped(model)
     if is_encoder(model) == forest.is_causal:
         raise ValueError(f"{type(bare).__name__}: a forest of is_causal={not forest.is_causal} is wanted")
+    if but_last and is_encoder(model):
+        raise ValueError(f"{type(bare).__name__} sees a document as a whole, and none without its last token")
+    if short := [i for i in but_last if forest.lengths[segments[i]] < 2]:
+        raise ValueError(f"segment {segments[short[0]]} of a forest is nothing without its last token")
     if not has_forest(bare) or (is_encoder(model) and bare.config.model_type not in STACKS):
-        return _padded_scores(model, [_document(forest, i) for i in segments])
+        return _padded_scores(model, [_document(forest, i) for i in segments], but_last)
     if is_encoder(model):
         return _first_token_scores(model, forest, segments)
     ends = [forest.starts[i] + forest.lengths[i] - 1 for i in segments]
+    ends += [ends[i] - 1 for i in but_last]
     with last_mlp_at(model, torch.tensor(ends, device=forest.tokens.device)):
         return _last_token_scores(model, lambda: run_forest(model, forest), [0] * len(ends), ends)
 
@@ -226,22 +241,24 @@ def _last_token_scores(model, forward, rows: Sequence[int], places: Sequence[int
     return said[0][rows, places, 0].float()
 
 
-def _padded_scores(model, documents: Sequence[Sequence[int]]) -> Tensor:
-    """Right-padded rows; one row at a time where the model knows no pad id."""
+def _padded_scores(model, documents: Sequence[Sequence[int]], but_last: Sequence[int] = ()) -> Tensor:
+    """Right-padded rows; one row at a time where the model knows no pad id. As :func:`forest_scores`."""
     bare = unwrapped(model)
     pad = bare.config.get_text_config().pad_token_id
     if pad is None and len(documents) > 1:
-        return torch.cat([_padded_scores(model, [document]) for document in documents])
+        each = [_padded_scores(model, [d], (0,) * (i in but_last)) for i, d in enumerate(documents)]
+        return torch.stack([found[0] for found in each] + [each[i][1] for i in but_last])
     device = next(model.parameters()).device
-    rows = [torch.tensor(d, device=device) for d in documents]
+    ids = [torch.tensor(d, device=device) for d in documents]
     keys = {
-        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad or 0),
-        "attention_mask": pad_sequence([torch.ones_like(r) for r in rows], batch_first=True),
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad or 0),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
     }
     if is_encoder(model):
         return model(**keys).logits[:, 0].float()
     ends = [len(d) - 1 for d in documents]
-    return _last_token_scores(model, lambda: model(**keys), range(len(ends)), ends)
+    rows, places = [*range(len(ends)), *but_last], ends + [ends[i] - 1 for i in but_last]
+    return _last_token_scores(model, lambda: model(**keys), rows, places)
 
 
 def _document(forest: Forest, segment: int) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.policy_eval.text import states
+from tasks.run.stated import states
 from tasks.run.intervals import bootstrap
 from tasks.run.monitor.text import distinct, has_ended, repetition
 

@@ -71,6 +71,14 @@ class RewardConfig(TrainingArguments):
             "need not learn length: optimises what length does not tell, not plain accuracy; 0 is off"
         },
     )
+    without_eos_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "chance of an answer to be read without the eos it ends with; the loss is the expected one, "
+            "over both readings of either answer. Optimises one score for an answer whether it has come to "
+            "its eos or was cut before; 0: read as it stands, as TRL does"
+        },
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "tokens of a document; longer ones are cut (TRL leaves them out)"}
     )
@@ -110,3 +118,5 @@ class RewardConfig(TrainingArguments):
         for name, bound in bounds.items():
             if not 0 <= (getattr(self, name) or 0.0) < bound:
                 raise ValueError(f"{name} is at least 0 and below {bound}, not {getattr(self, name)}")
+        if not 0 <= self.without_eos_share <= 1:
+            raise ValueError(f"without_eos_share is between 0 and 1, not {self.without_eos_share}")

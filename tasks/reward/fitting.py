@@ -10,7 +10,7 @@ from tasks.lm.forest import unwrapped
 from tasks.lm.loading import fit_embeddings
 from tasks.lm.scoring import is_encoder
 from tasks.reward.losses import gap_weights, length_rule
-from tasks.reward.records import GroupedAnswers
+from tasks.reward.records import GroupedAnswers, ends_with
 
 
 def fit_special_tokens(model, tokenizer) -> None:
@@ -31,6 +31,25 @@ def fit_special_tokens(model, tokenizer) -> None:
             f"{type(bare).__name__}: pad_token_id is {pad}, eos_token_id {eos}; transformers reads the score "
             "at the last token that is not pad, so give processing_class, or set another pad_token_id"
         )
+
+
+def ends_to_leave_out(
+    model, tokenizer, groups: Sequence[GroupedAnswers] | None, share: float
+) -> tuple[int, ...]:
+    """The eos tokens without which answers are read as well, where there is a share of that.
+
+    Raises:
+        ValueError: an encoder, whose documents have no end of their own; no answer ends with one.
+    """
+    if not share:
+        return ()
+    if is_encoder(model):
+        name = type(unwrapped(model)).__name__
+        raise ValueError(f"without_eos_share is {share}, but {name} is an encoder, which reads no eos; set 0")
+    ends = ends_of(unwrapped(model), tokenizer)
+    if groups and not any(ends_with(response, ends) for group in groups for response in group.responses):
+        raise ValueError(f"without_eos_share is {share}, but no answer of train_dataset ends with eos {ends}")
+    return ends
 
 
 def weighted_by_gap(groups: Sequence[GroupedAnswers], power: float) -> list[GroupedAnswers]:

@@ -32,6 +32,31 @@ def pair_loss(
     return loss + centering * (better + worse) ** 2
 
 
+def expected_loss(
+    readings: Sequence[tuple[float, Tensor, Tensor]],
+    ahead: Tensor | float = 0.0,
+    smoothing: float = 0.0,
+    centering: float = 0.0,
+) -> Tensor:
+    """:func:`pair_loss` in the mean over how each answer of a pair is read, one by itself of the other.
+
+    Example: read with eos and, one time in four, without: readings (¾, better, worse), (¼, better without,
+    worse without) weigh the four pairs of readings ⁹⁄₁₆, ³⁄₁₆, ³⁄₁₆ and ¹⁄₁₆.
+
+    Args:
+        readings: chance of a reading, and the scores [P] of the better and of the worse answers in it.
+        ahead: as there; so are `smoothing` and `centering`.
+
+    Returns:
+        [P], nats.
+    """
+    return sum(
+        chance * other * pair_loss(better, worse, ahead, smoothing, centering)
+        for chance, better, _ in readings
+        for other, _, worse in readings
+    )
+
+
 def gap_weights(gaps: Sequence[float], power: float) -> list[float]:
     """gap^power, divided by its mean over all pairs. [P] -> [P].
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,20 +46,27 @@ class GroupedAnswers:
         return math.log(len(self.responses[better]) / len(self.responses[worse]))
 
 
-def collate(groups: Sequence[GroupedAnswers], weigh: str = "pair", is_causal: bool = True) -> dict:
+def collate(
+    groups: Sequence[GroupedAnswers],
+    weigh: str = "pair",
+    is_causal: bool = True,
+    ends: Collection[int] = (),
+) -> dict:
     """Groups -> one forest, its answers, and the pairs among them.
 
     Args:
         groups: of one part of a batch.
         weigh: `pair`: every pair the same; `question`: every question the same, its pairs equal parts of it.
         is_causal: False for an encoder, which reads each answer together with its question.
+        ends: eos tokens, without which an answer will be read as well.
 
     Returns:
-        forest; `answers` [A] the segments that are answers; `pairs` [P, 2] (better, worse) into the answers,
+        forest; `answers` [A] the segments that are answers; `ended` [C] those of the answers that are more
+        than an eos and end with it; `pairs` [P, 2] (better, worse) into the answers,
         −1 for `NOTHING`; `weights` [P]; `gaps` [P]; `longer` [P]; `names` [P] of the groups; `labels` zeros,
         one for each item the loss averages over: pairs [P] or questions [Q].
     """
-    segments, answers, pairs, weights, gaps, longer, names = [], [], [], [], [], [], []
+    segments, answers, ended, pairs, weights, gaps, longer, names = [], [], [], [], [], [], [], []
     for group in groups:
         root, before = -1, group.prompt
         if is_causal and group.prompt:
@@ -67,6 +74,8 @@ def collate(groups: Sequence[GroupedAnswers], weigh: str = "pair", is_causal: bo
             segments.append(Segment(group.prompt))
         first = len(answers)
         for response in group.responses:
+            if ends_with(response, ends):
+                ended.append(len(answers))
             answers.append(len(segments))
             segments.append(Segment((*before, *response), root))
         share = 1 / len(group.pairs) if weigh == "question" else 1.0
@@ -79,6 +88,7 @@ def collate(groups: Sequence[GroupedAnswers], weigh: str = "pair", is_causal: bo
     return {
         "forest": plant(segments, is_causal),
         "answers": answers,
+        "ended": ended,
         "pairs": torch.tensor(pairs),
         "weights": torch.tensor(weights),
         "gaps": torch.tensor(gaps),
@@ -86,6 +96,11 @@ def collate(groups: Sequence[GroupedAnswers], weigh: str = "pair", is_causal: bo
         "names": names,
         "labels": torch.zeros(len(groups) if weigh == "question" else len(pairs)),
     }
+
+
+def ends_with(response: Sequence[int], ends: Collection[int]) -> bool:
+    """Whether a response is more than an eos and ends with one, so that it can be read without it."""
+    return len(response) > 1 and response[-1] in ends
 
 
 def share_prompt(

@@ -21,8 +21,13 @@ from tasks.lm.precision import autocast
 from tasks.lm.scoring import check_scorer, forest_scores, is_encoder, room_of, take_scoring_road
 from tasks.lm.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
 from tasks.reward.config import RewardConfig
-from tasks.reward.fitting import fit_special_tokens, length_rule_of, weighted_by_gap
-from tasks.reward.losses import pair_loss
+from tasks.reward.fitting import (
+    ends_to_leave_out,
+    fit_special_tokens,
+    length_rule_of,
+    weighted_by_gap,
+)
+from tasks.reward.losses import expected_loss, pair_loss
 from tasks.reward.records import GroupedAnswers, collate
 from tasks.reward.rows import Reader
 from tasks.run.finite import FiniteTraining, check_weights
@@ -101,8 +106,9 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced,
         self.length_coefficient = args.length_offset * length_rule_of(train) if has_rule else 0.0
         if eval_dataset is not None:
             eval_dataset = self.read_held_out(eval_dataset)
+        ends = ends_to_leave_out(model, processing_class, train, args.without_eos_share)
         parts = Parts(
-            partial(collate, weigh=args.weigh, is_causal=is_causal),
+            partial(collate, weigh=args.weigh, is_causal=is_causal, ends=ends),
             partial(GroupedAnswers.tokens, is_causal=is_causal),
             part_tokens(args),
         )
@@ -137,11 +143,11 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced,
             ValueError: the loss of a pair is not finite; the message names its row.
         """
         args = self.args
-        scores = self.inside(model, lambda model: self.scores(model, inputs))
-        better, worse = pair_scores(scores, inputs["pairs"])
+        readings = self.inside(model, lambda model: self._readings(model, inputs))
+        _, better, worse = readings[0]
         ahead = self.length_coefficient * inputs["longer"] - args.margin * inputs["gaps"]
         centering = args.center_rewards_coefficient or 0.0
-        losses = inputs["weights"] * pair_loss(better, worse, ahead, args.label_smoothing, centering)
+        losses = inputs["weights"] * expected_loss(readings, ahead, args.label_smoothing, centering)
         if rows := _not_finite(losses, inputs["names"]):
             raise self.diverged(f"the loss of {rows} is not finite")
         loss = self.mean_over_batch(losses.sum(), len(inputs["labels"]), num_items_in_batch)
@@ -164,10 +170,20 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced,
             self.unlogged = None
         super().log(logs, *args, **keys)
 
-    def scores(self, model, inputs) -> Tensor:
-        """Scores of all answers of a part, [A]."""
+    def scores(self, model, inputs, but_last: Sequence[int] = ()) -> Tensor:
+        """Scores of all answers of a part, and of C of them without their last tokens, [A + C]."""
         with autocast(self.args.device, "bfloat16" if self.args.bf16 else "float32"):
-            return forest_scores(model, inputs["forest"], inputs["answers"])
+            return forest_scores(model, inputs["forest"], inputs["answers"], but_last)
+
+    def _readings(self, model, inputs) -> list[tuple[float, Tensor, Tensor]]:
+        """How answers are read, each as its chance, the better scores [P] and the worse: as they stand first."""
+        share, pairs, count = self.args.without_eos_share, inputs["pairs"], len(inputs["answers"])
+        if not share:
+            return [(1.0, *pair_scores(self.scores(model, inputs), pairs))]
+        found = self.scores(model, inputs, inputs["ended"])
+        ended = torch.tensor(inputs["ended"], dtype=torch.long, device=found.device)
+        cut = found[:count].index_copy(0, ended, found[count:])  # what has no eos is read as it stands
+        return [(1 - share, *pair_scores(found[:count], pairs)), (share, *pair_scores(cut, pairs))]
 
     def measure(self, groups: Sequence[GroupedAnswers], prefix: str) -> dict[str, float]:
         """Plain pairwise loss (nats; no weight, margin or other option) and accuracy over held-out pairs.

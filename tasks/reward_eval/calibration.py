@@ -50,10 +50,10 @@ def fit_temperature(margins: np.ndarray) -> float | None:
     return float(scale / slope) if slope > 0 else None
 
 
-def reliability(margins: np.ndarray, question_of: np.ndarray, samples: int, seed: int) -> list[dict]:
+def reliability(margins: np.ndarray, cluster_of: np.ndarray, samples: int, seed: int) -> list[dict]:
     """Bins of confidence that hold pairs: bounds, pairs, mean confidence, share right and its interval.
 
-    Margins [P], question_of [P].
+    Margins [P], cluster_of [P].
     """
     confidence, right, place = _confidence(margins)
     found = []
@@ -66,20 +66,20 @@ def reliability(margins: np.ndarray, question_of: np.ndarray, samples: int, seed
                 "pairs": int(inside.sum()),
                 "confidence": float(confidence[inside].mean()),
                 "right": float(right[inside].mean()),
-                "interval": interval(question_of[inside], right[inside], samples, seed),
+                "interval": interval(cluster_of[inside], right[inside], samples, seed),
             }
         )
     return found
 
 
-def calibrate(margins: np.ndarray, question_of: np.ndarray, samples: int, seed: int) -> dict:
-    """All of it, at temperature 1 and at the fitted one. Margins [P], question_of [P]."""
+def calibrate(margins: np.ndarray, cluster_of: np.ndarray, samples: int, seed: int) -> dict:
+    """All of it, at temperature 1 and at the fitted one. Margins [P], cluster_of [P]."""
     temperature = fit_temperature(margins)
     found = {"brier": brier(margins), "log_loss": log_loss(margins), "ece": ece(margins), "temperature": None}
     if temperature:
         cooled = margins / temperature
         found["temperature"] = {"value": temperature, "log_loss": log_loss(cooled), "ece": ece(cooled)}
-    return found | {"bins": reliability(margins, question_of, samples, seed)}
+    return found | {"bins": reliability(margins, cluster_of, samples, seed)}
 
 
 def _confidence(margins: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,22 +6,30 @@ import numpy as np
 
 from tasks.reward_eval.pairs import HeldOut
 from tasks.reward_eval.rules import LogisticRule
+from tasks.reward_eval.words import WordRule
 from tasks.run.intervals import bootstrap
 
-FEWEST_QUESTIONS = 5  # behind an interval
+FEWEST_CLUSTERS = 5  # behind an interval
 
 
-def margins_of(held: HeldOut, rule: LogisticRule) -> dict[str, np.ndarray]:
-    """Every rule's margins [P], better minus worse: above 0 right, 0 a tie."""
+def margins_of(held: HeldOut, rule: LogisticRule, words: WordRule | None = None) -> dict[str, np.ndarray]:
+    """Every rule's margins [P], better minus worse: above 0 right, 0 a tie.
+
+    The answer-only rule where there is one; *style* where any style is known, a tie where either is not.
+    """
     posted, other = held.of_pairs(held.created)
     is_known = (posted != "") & (other != "")
-    return {
+    found = {
         "reward_model": held.differences(held.scores),
         "longer": held.differences(held.characters).astype(float),
         "has_code": held.differences(held.has_code.astype(float)),
         "logistic": held.differences(held.features) @ rule.coefficients,
-        "earlier": is_known * ((posted < other).astype(float) - (posted > other)),
     }
+    if words is not None:
+        found["answer_only"] = held.differences(words.scores(held.texts))
+    if not np.isnan(held.styles).all():
+        found["style"] = np.nan_to_num(held.differences(held.styles))
+    return found | {"earlier": is_known * ((posted < other).astype(float) - (posted > other))}
 
 
 def accuracy(margins: np.ndarray) -> dict[str, float]:
@@ -42,18 +50,15 @@ def credits_of(margins: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def interval(
-    question_of: np.ndarray, values: np.ndarray, samples: int, seed: int
+    cluster_of: np.ndarray, values: np.ndarray, samples: int, seed: int
 ) -> tuple[float, float] | None:
-    """95 % interval of the mean of `values` [P] over pairs; whole questions are resampled.
+    """95 % interval of the mean of `values` [P] over pairs; whole clusters are resampled.
 
-    None below `FEWEST_QUESTIONS`: resampling one question, for instance, would show no doubt at all.
+    None below `FEWEST_CLUSTERS`: resampling one cluster, for instance, would show no doubt at all.
     """
-    _, owner = np.unique(question_of, return_inverse=True)
-    sums, pairs = (
-        np.bincount(owner, values),
-        np.bincount(owner),
-    )  # [Q] each: a draw costs questions, not pairs
-    if len(pairs) < FEWEST_QUESTIONS:
+    _, owner = np.unique(cluster_of, return_inverse=True)
+    sums, pairs = np.bincount(owner, values), np.bincount(owner)  # a draw costs clusters, not pairs
+    if len(pairs) < FEWEST_CLUSTERS:
         return None
     return bootstrap(range(len(pairs)), lambda w: float(w @ sums / (w @ pairs)), samples, seed)
 
@@ -66,6 +71,7 @@ def is_meta(site: str) -> bool:
 def partitions(held: HeldOut) -> dict[str, dict[str, np.ndarray]]:
     """Ways to part the pairs: partition -> part -> is in it [P]; every pair is in one part of each.
 
+    By kind and by wording only where some question's is known.
     Lengths are in characters: similar within 6 : 5, much longer from 2 : 1 on.
     """
     gap = held.differences(held.published)
@@ -79,7 +85,13 @@ def partitions(held: HeldOut) -> dict[str, dict[str, np.ndarray]]:
     posted, other_posted = held.of_pairs(held.created)
     is_known = (posted != "") & (other_posted != "")
     on_meta = np.array([is_meta(name) for name in sites])[site]
-    return {
+    of_sample = {"kind": held.kinds, "wording": held.wordings}
+    known = {
+        name: {(str(part) or "unknown"): of_question[held.question_of] == part for part in np.unique(of_question)}
+        for name, of_question in of_sample.items()
+        if of_question.astype(bool).any()
+    }
+    return known | {
         "gap": {"1": gap == 1, "2": gap == 2, "3+": gap >= 3},
         "length": {
             "much shorter": is_much & (length < other),
@@ -102,22 +114,23 @@ def partitions(held: HeldOut) -> dict[str, dict[str, np.ndarray]]:
 def measure_parts(
     held: HeldOut, credits: dict[str, np.ndarray], samples: int, seed: int
 ) -> dict[str, dict[str, dict]]:
-    """Partition -> part -> pairs, questions, accuracy, `longer` beside it, and the lead over it.
+    """Partition -> part -> pairs, questions, clusters, accuracy, `longer` beside it, and the lead over it.
 
     A part without pairs is left out.
     """
     own, longer = credits["reward_model"], credits["longer"]
 
     def part(chosen: np.ndarray) -> dict:
-        questions = held.question_of[chosen]
+        clusters = held.cluster_of[chosen]
         return {
-            "pairs": len(questions),
-            "questions": len(np.unique(questions)),
+            "pairs": len(clusters),
+            "questions": len(np.unique(held.question_of[chosen])),
+            "clusters": len(np.unique(clusters)),
             "accuracy": float(own[chosen].mean()),
-            "interval": interval(questions, own[chosen], samples, seed),
+            "interval": interval(clusters, own[chosen], samples, seed),
             "longer": float(longer[chosen].mean()),
             "lead": float((own - longer)[chosen].mean()),
-            "lead_interval": interval(questions, (own - longer)[chosen], samples, seed),
+            "lead_interval": interval(clusters, (own - longer)[chosen], samples, seed),
         }
 
     return {

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tasks.reward_eval.rules import text_features
+from tasks.run.stated import states
 
+STYLES = ("padded", "plain", "clear")  # of the built-in sample's answers, from the worst
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldOut:
@@ -21,12 +23,18 @@ class HeldOut:
 
     questions: np.ndarray  # [Q] site/id
     sites: np.ndarray  # [Q]
+    clusters: np.ndarray  # [Q] what is resampled together: look-alikes, the same fact asked for anew
+    kinds: np.ndarray  # [Q] of the built-in sample; "" elsewhere, and so with the wording
+    wordings: np.ndarray  # [Q] known, new: whether a training question is put so
     owner: np.ndarray  # [A] place of the answer's question in [Q], ascending
     scores: np.ndarray  # [A] of the reward model
     published: np.ndarray  # [A] what the dump says, and the pairs come from
     characters: np.ndarray  # [A]
     has_code: np.ndarray  # [A] bool
     created: np.ndarray  # [A] ISO 8601; "" where nobody knows
+    texts: np.ndarray  # [A]
+    styles: np.ndarray  # [A] place in `STYLES`; nan where it is not known
+    right: np.ndarray  # [A] 1: states the expected value, 0: does not; nan where none is known
     features: np.ndarray  # [A, F] of the text, see `rules.FEATURES`
     pairs: np.ndarray  # [P, 2] better and worse answer, places in [A]
 
@@ -44,6 +52,23 @@ class HeldOut:
         """Place of each pair's question in [Q], [P]."""
         return self.owner[self.pairs[:, 0]]
 
+    @property
+    def cluster_of(self) -> np.ndarray:
+        """Cluster of each pair's question, [P]."""
+        return self.clusters[self.question_of]
+
+    @property
+    def truths(self) -> np.ndarray:
+        """Every right answer beside every wrong one to the same question, whatever their votes, [T, 2]."""
+        places = (np.flatnonzero(self.owner == question) for question in np.unique(self.owner[self.right == 1]))
+        found = [
+            (one, other)
+            for own in places
+            for one in own[self.right[own] == 1]
+            for other in own[self.right[own] == 0]
+        ]
+        return np.array(found, dtype=int).reshape(-1, 2)
+
 
 def lay_out(groups: Sequence[dict], scores: np.ndarray) -> HeldOut:
     """Rows of pack/groups and the reward model's scores [A], in the order of the answers."""
@@ -57,17 +82,31 @@ def lay_out(groups: Sequence[dict], scores: np.ndarray) -> HeldOut:
     return HeldOut(
         questions=np.array([name_of(group) for group in groups]),
         sites=np.array([group["site"] for group in groups]),
+        clusters=np.array([group.get("cluster") or name_of(group) for group in groups]),
+        kinds=np.array([group.get("kind") or "" for group in groups]),
+        wordings=np.array([group.get("wording") or "" for group in groups]),
         owner=np.repeat(np.arange(len(groups)), counts),
         scores=np.asarray(scores, dtype=float),
         published=column("score"),
         characters=column("characters"),
         has_code=column("has_code"),
         created=column("created"),
+        texts=np.array([answer["text"] for answer in answers], dtype=object),
+        styles=np.array([_place(answer.get("style")) for answer in answers]),
+        right=np.array([_is_right(g.get("expected"), a["text"]) for g in groups for a in g["answers"]]),
         features=np.array([text_features(g["question"], a["text"]) for g in groups for a in g["answers"]]),
         pairs=np.concatenate(
             [first + np.array(group["pairs"]) for group, first in zip(groups, firsts, strict=True)]
         ),
     )
+
+
+def _place(style: str | None) -> float:
+    return STYLES.index(style) if style in STYLES else np.nan
+
+
+def _is_right(expected: str | None, text: str) -> float:
+    return np.nan if expected is None else float(states(text, expected))
 
 
 def name_of(group: dict) -> str:

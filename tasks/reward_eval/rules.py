@@ -1,14 +1,14 @@
 """The trivial rules that stand beside a reward model on the same pairs.
 
-"longer", "has code" and the logistic rule see only the text; "earlier" sees the clock, which no reward model
-should. The logistic rule is what length, code, links, paragraphs and the question's own words say together: a
+"longer", "has code", the logistic rule, the answer-only rule (:mod:`tasks.reward_eval.words`) and "better
+style", where styles are known, see only the text; "earlier" sees the clock, which no reward model should. The logistic rule is what length, code, links, paragraphs and the question's own words say together: a
 Bradley-Terry model on differences of text features, fitted to the training pairs and to nothing held out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from math import log1p
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from pyarrow import parquet
 
-TEXT_RULES = ("longer", "has_code", "logistic")  # see only the text; `earlier` does not
+TEXT_RULES = ("longer", "has_code", "logistic", "answer_only", "style")  # see only the text; `earlier` not
 FEATURES = ("characters", "code blocks", "links", "paragraphs", "words of the question")  # each ln(1 + count)
 RIDGE = 1.0  # half a squared coefficient costs as much as one nat of a pair's likelihood
 NEWTON_STEPS = 50
@@ -106,20 +106,25 @@ def training_differences(
     Raises:
         ValueError: there is no pair.
     """
-    file, found, weights, questions = parquet.ParquetFile(path), [], [], 0
-    share = most_questions / max(file.metadata.num_rows, 1)
-    for batch in file.iter_batches(512, columns=COLUMNS):
-        for group in batch.to_pylist():
-            if group["pairs"] and _is_read(group, share):
-                texts = [answer["text"] for answer in group["answers"]]
-                features = np.array([text_features(group["question"], text) for text in texts])
-                better, worse = np.array(group["pairs"]).T
-                found.append(features[better] - features[worse])
-                weights += group["weights"]
-                questions += 1
+    found, weights, questions = [], [], 0
+    for group in training_groups(path, most_questions):
+        texts = [answer["text"] for answer in group["answers"]]
+        features = np.array([text_features(group["question"], text) for text in texts])
+        better, worse = np.array(group["pairs"]).T
+        found.append(features[better] - features[worse])
+        weights += group["weights"]
+        questions += 1
     if not found:
         raise ValueError(f"reward_eval: {path} holds no pair to fit the logistic rule to")
     return np.concatenate(found), np.array(weights), questions
+
+
+def training_groups(path: Path, most_questions: int) -> Iterator[dict]:
+    """Rows of pack/groups that have a pair, streamed, without tokens; of more about so many, chosen by hash."""
+    file = parquet.ParquetFile(path)
+    share = most_questions / max(file.metadata.num_rows, 1)
+    for batch in file.iter_batches(512, columns=COLUMNS):
+        yield from (group for group in batch.to_pylist() if group["pairs"] and _is_read(group, share))
 
 
 def _is_read(group: Mapping, share: float) -> bool:

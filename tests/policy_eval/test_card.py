@@ -14,7 +14,7 @@ from tasks.policy_eval.card import (
     render_table,
     win_rate,
 )
-from tasks.policy_eval.text import states
+from tasks.run.stated import states
 
 
 @pytest.mark.parametrize(

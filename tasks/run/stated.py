@@ -1,4 +1,4 @@
-"""Whether a response is right."""
+"""Whether a text states a value."""
 
 from __future__ import annotations
 
