@@ -242,12 +242,12 @@ class RewardParams(Section):
 class RewardEvalParams(Section):
     """Report card and gate."""
 
-    min_accuracy: Share = Field(0.8, description="least held-out accuracy")
+    min_accuracy: Share = Field(0.8, description="bar for the lower end of held-out accuracy's interval")
     min_margin: float = Field(
-        0.1, ge=-1, le=1, description="least lead over the best rule that sees only the text"
+        0.1, ge=-1, le=1, description="the same of the lead over the best rule that sees only the text"
     )
     enforce: bool = Field(True, description="false: the verdict is recorded and ppo runs all the same")
-    bootstrap_samples: int = Field(1000, ge=100, description="resamples of questions behind each interval")
+    bootstrap_samples: int = Field(1000, ge=100, description="resamples of clusters behind each interval")
 
 
 class MonitorParams(Section):

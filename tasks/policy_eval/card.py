@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.run.stated import states
 from tasks.run.intervals import bootstrap
 from tasks.run.monitor.text import distinct, has_ended, repetition
+from tasks.run.stated import states
 
 
 @dataclass(frozen=True, slots=True)

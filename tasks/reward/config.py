@@ -74,9 +74,9 @@ class RewardConfig(TrainingArguments):
     without_eos_share: float = field(
         default=0.0,
         metadata={
-            "help": "chance of an answer to be read without the eos it ends with; the loss is the expected one, "
-            "over both readings of either answer. Optimises one score for an answer whether it has come to "
-            "its eos or was cut before; 0: read as it stands, as TRL does"
+            "help": "chance of an answer to be read without the eos it ends with; the loss is the mean over "
+            "both readings of either answer. Optimises one score for an answer, whether it has come to its "
+            "eos or was cut before; 0: read as it stands, as TRL does"
         },
     )
     max_length: int | None = field(

@@ -45,7 +45,9 @@ def expected_loss(
 
     Args:
         readings: chance of a reading, and the scores [P] of the better and of the worse answers in it.
-        ahead: as there; so are `smoothing` and `centering`.
+        ahead: as there.
+        smoothing: as there.
+        centering: as there.
 
     Returns:
         [P], nats.

@@ -23,6 +23,7 @@ from tasks.lm.optimizer import check_optimizer
 from tasks.lm.products import use_onednn_products
 from tasks.lm.quantized import quantized_keys
 from tasks.lm.reward_model import RewardModel
+from tasks.lm.scoring import is_encoder
 from tasks.reward.config import RewardConfig
 from tasks.reward.records import GroupedAnswers, share_prompt
 from tasks.reward.trainer import RewardTrainer
@@ -140,7 +141,7 @@ def learn(
     train, held = read_groups(layout, reward_model, learner.groups)
     if not train:
         raise ValueError(f"reward: artifacts/pack/groups/{learner.groups}.parquet holds no training question")
-    config = settings(learner, params, layout, len(train), seed, device)
+    config = settings(learner, params, layout, len(train), seed, device, is_encoder(reward_model.model))
     adapter = lora(reward.lora_rank, reward.lora_alpha) if reward.lora_rank else None
     model, tokenizer = reward_model.model, reward_model.tokenizer
     trainer = RewardTrainer(model, config, train, held, processing_class=tokenizer, peft_config=adapter)
@@ -165,9 +166,15 @@ def learn(
 
 
 def settings(
-    learner: Learner, params: Params, layout: Layout, examples: int, seed: int, device: torch.device
+    learner: Learner,
+    params: Params,
+    layout: Layout,
+    examples: int,
+    seed: int,
+    device: torch.device,
+    reads_no_eos: bool = False,
 ) -> RewardConfig:
-    """Its RewardConfig for so many training questions."""
+    """Its RewardConfig for so many training questions; an encoder never reads an eos, whatever the share."""
     reward, machine = params.reward, params.machine
     not_the_trainers = {"batch_questions", "base", "revision", "lora_rank", "lora_alpha", "judge_epochs"}
     arguments = training_arguments(
@@ -181,5 +188,6 @@ def settings(
         checkpoint_steps=machine.checkpoint_steps,
         **reward.model_dump(exclude=not_the_trainers) | {"epochs": learner.epochs},
     )
+    arguments |= {"without_eos_share": 0.0} if reads_no_eos else {}
     looks = {"eval_strategy": "steps", "eval_steps": max(1, arguments["max_steps"] // 10)}
     return RewardConfig(**arguments, **looks)

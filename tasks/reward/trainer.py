@@ -176,7 +176,7 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced,
             return forest_scores(model, inputs["forest"], inputs["answers"], but_last)
 
     def _readings(self, model, inputs) -> list[tuple[float, Tensor, Tensor]]:
-        """How answers are read, each as its chance, the better scores [P] and the worse: as they stand first."""
+        """How answers are read, first as they stand: a way's chance, its better scores [P] and its worse."""
         share, pairs, count = self.args.without_eos_share, inputs["pairs"], len(inputs["answers"])
         if not share:
             return [(1.0, *pair_scores(self.scores(model, inputs), pairs))]

@@ -85,12 +85,11 @@ def partitions(held: HeldOut) -> dict[str, dict[str, np.ndarray]]:
     posted, other_posted = held.of_pairs(held.created)
     is_known = (posted != "") & (other_posted != "")
     on_meta = np.array([is_meta(name) for name in sites])[site]
-    of_sample = {"kind": held.kinds, "wording": held.wordings}
-    known = {
-        name: {(str(part) or "unknown"): of_question[held.question_of] == part for part in np.unique(of_question)}
-        for name, of_question in of_sample.items()
-        if of_question.astype(bool).any()
-    }
+    known = {}
+    for name, of_question in (("kind", held.kinds), ("wording", held.wordings)):
+        found = {str(part) or "unknown": of_question == part for part in np.unique(of_question)}
+        if found.keys() != {"unknown"}:
+            known[name] = {part: is_in[held.question_of] for part, is_in in found.items()}
     return known | {
         "gap": {"1": gap == 1, "2": gap == 2, "3+": gap >= 3},
         "length": {

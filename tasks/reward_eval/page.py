@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from textwrap import wrap
 
 from tasks.reward_eval.calibration import BINS
+from tasks.reward_eval.truth import LEAST_OF_JUDGE
 
 PICTURE = "reports/reward_eval/reliability.png"
 SITES_SHOWN = 15
@@ -16,9 +17,13 @@ RULES = {
     "longer": "longer answer wins",
     "has_code": "answer with code wins",
     "logistic": "logistic rule on text",
+    "answer_only": "answer-only rule: its words, blind to the question",
+    "style": "better style wins",
     "earlier": "earlier answer wins (not text)",
 }
 PARTITIONS = {
+    "kind": "kind of question",
+    "wording": "wording, known in training or new",
     "gap": "score gap",
     "length": "the better answer is …",
     "position": "the better answer was posted …",
@@ -27,28 +32,30 @@ PARTITIONS = {
 }
 
 
+SCORERS = {"reward_model": "reward model", "judge": "judge", "answer_only": "answer-only rule"}
+TRUTH = {"all": "", "style": "style stands …", "kind": "kind of question", "wording": "wording"}
+
+
 def render(card: dict) -> str:
     """The page."""
-    sections = (_head(card), _rules(card), _parts(card), _length(card), _calibration(card), _mistakes(card))
-    return "\n".join(line for section in sections for line in (*section, ""))
+    parts = (_head, _rules, _parts, _truth, _judge, _length, _calibration, _mistakes)
+    return "\n".join(line for section in parts if (lines := list(section(card))) for line in (*lines, ""))
 
 
 def _head(card: dict) -> Iterator[str]:
-    bars, own = card["bars"], card["rules"]["reward_model"]
+    bars, own, cut = card["bars"], card["rules"]["reward_model"], card["without_eos"]
     lead = f"lead over the best rule that sees only the text ('{card['best_text_rule']}')"
     accuracy = ("accuracy", f"{own['accuracy']:.3f}", _interval(own["interval"]), f"{bars['min_accuracy']:g}")
     margin = (lead, f"{card['margin']:+.3f}", _interval(card["margin_interval"], "+"))
     yield from ("# Reward model: report card", "", f"**Gate: {card['verdict']}.**", "")
-    rows = (accuracy, (*margin, f"{bars['min_margin']:+g}"))
-    yield from _table(("", "reached", "95 % interval", "bar"), rows)
+    unread = ("accuracy, answers cut of their eos", f"{cut['accuracy']:.3f}", _interval(cut["interval"]), "")
+    rows = (accuracy, (*margin, f"{bars['min_margin']:+g}"), unread)
+    yield from _table(("", "reached", "95 % interval", "bar for its lower end"), rows)
     yield ""
     yield f"{card['pairs']} pairs of {card['questions']} held-out questions; every pair counts once."
-    yield "Intervals: 95 %, questions resampled, leads paired; a dash where there are too few questions."
-    if judge := card.get("judge"):
-        known = judge["of_mistakes"] is not None
-        of_mistakes = f", {judge['of_mistakes']:.3f} of those the reward model gets wrong" if known else ""
-        accuracy = f"{judge['accuracy']:.3f}"
-        yield f"The judge, of other questions, is right for {accuracy} of the pairs{of_mistakes}."
+    yield f"Intervals: 95 %, {card['clusters']} clusters of questions resampled whole, leads paired; a dash"
+    yield "where there are too few."
+    yield f"Cut of their eos, answers lose {cut['loss']:+.3f} {_interval(cut['loss_interval'], '+')} of it."
 
 
 def _rules(card: dict) -> Iterator[str]:
@@ -62,12 +69,16 @@ def _rules(card: dict) -> Iterator[str]:
         rows.append((RULES[rule], *known, half, _interval(found["interval"]), lead))
     header = ("rule", "accuracy", "ties", "ties counted half", "95 % interval", "reward model's lead")
     yield from _table(header, rows)
-    logistic = card["logistic_rule"]
+    logistic, answer_only = card["logistic_rule"], card.get("answer_only_rule")
     coefficients = ", ".join(f"{name} {value:+.2f}" for name, value in logistic["coefficients"].items())
     yield ""
     yield "A tie is never right; a rule that cannot tell gets half of it, the reward model nothing."
     yield f"The logistic rule is fitted to {logistic['pairs']} training pairs of {logistic['questions']}"
     yield f"questions; log-odds per standard difference: {coefficients}."
+    if answer_only:
+        leading = ", ".join(f"{_plain(gram)} {value:+.2f}" for gram, value in answer_only["leading"])
+        yield f"The answer-only rule is fitted to {answer_only['pairs']} training pairs of"
+        yield f"{answer_only['questions']} questions; its n-grams of most weight: {leading or 'none'}."
 
 
 def _parts(card: dict) -> Iterator[str]:
@@ -84,6 +95,42 @@ def _parts(card: dict) -> Iterator[str]:
     yield ""
     yield "Similar: within 6 : 5 in characters; much: from 2 : 1 on. Votes gather with time: a better answer"
     yield "that was posted *later* overtook the other with less exposure."
+
+
+def _truth(card: dict) -> Iterator[str]:
+    if not (truth := card.get("truth")):
+        return
+    yield from ("## Does the right answer beat the wrong one?", "")
+    known = [name for name in SCORERS if name in truth["all"]["all"]]
+    header = ("pairs", "clusters", *(cell for name in known for cell in (SCORERS[name], "95 % interval")))
+    for partition, parts in truth.items():
+        rows = [_truth_row(name, part, known) for name, part in parts.items()]
+        yield from (*_table((TRUTH[partition], *header), rows), "")
+    yield "Every answer that states the expected value beside every one that does not, whatever their votes;"
+    yield "a tie is wrong. *Against truth*: the wrong answer has the better style."
+
+
+def _truth_row(name: str, part: dict, scorers: Sequence[str]) -> tuple[str, ...]:
+    said = ((f"{part[s]['right']:.3f}", _interval(part[s]["interval"])) for s in scorers)
+    return _plain(name), str(part["pairs"]), str(part["clusters"]), *(cell for each in said for cell in each)
+
+
+def _judge(card: dict) -> Iterator[str]:
+    if not (judge := card.get("judge")):
+        return
+    yield from ("## The judge", "")
+    of_mistakes = judge["of_mistakes"]
+    mends = "" if of_mistakes is None else f", {of_mistakes:.3f} of those the reward model gets wrong"
+    bounds = _interval(judge["interval"])
+    yield f"The judge, of other questions, is right for {judge['accuracy']:.3f} {bounds} of the pairs{mends}."
+    yield f"Of answers cut of their eos: {judge['accuracy_without_eos']:.3f}."
+    if (against := judge["style_against_truth"]) is None:
+        yield "Nobody can tell here whether it judges truth or style: neither is known of these answers."
+        return
+    yield f"Where style stands against truth it prefers the right answer in {against:.3f} of the pairs;"
+    yield f"{LEAST_OF_JUDGE} is asked of a judge."
+    if not judge["is_judge"]:
+        yield "**It prefers style to truth and is no judge: what it says of the policy proves nothing.**"
 
 
 def _part(name: str, part: dict) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ class HeldOut:
     wordings: np.ndarray  # [Q] known, new: whether a training question is put so
     owner: np.ndarray  # [A] place of the answer's question in [Q], ascending
     scores: np.ndarray  # [A] of the reward model
+    scores_without_eos: np.ndarray  # [A] the same of answers that are cut of their eos
     published: np.ndarray  # [A] what the dump says, and the pairs come from
     characters: np.ndarray  # [A]
     has_code: np.ndarray  # [A] bool
@@ -60,18 +61,19 @@ class HeldOut:
     @property
     def truths(self) -> np.ndarray:
         """Every right answer beside every wrong one to the same question, whatever their votes, [T, 2]."""
-        places = (np.flatnonzero(self.owner == question) for question in np.unique(self.owner[self.right == 1]))
-        found = [
-            (one, other)
-            for own in places
-            for one in own[self.right[own] == 1]
-            for other in own[self.right[own] == 0]
-        ]
+        right, wrong = (np.flatnonzero(self.right == is_right) for is_right in (1, 0))
+        found = [[r, w] for r in right for w in wrong[self.owner[wrong] == self.owner[r]]]
         return np.array(found, dtype=int).reshape(-1, 2)
 
 
-def lay_out(groups: Sequence[dict], scores: np.ndarray) -> HeldOut:
-    """Rows of pack/groups and the reward model's scores [A], in the order of the answers."""
+def lay_out(groups: Sequence[dict], scores: np.ndarray, without_eos: np.ndarray | None = None) -> HeldOut:
+    """Rows of pack/groups and the reward model's scores, in the order of the answers.
+
+    Args:
+        groups: the rows.
+        scores: of answers as they stand, [A].
+        without_eos: of answers cut of their eos, [A]; None: it reads none.
+    """
     counts = [len(group["answers"]) for group in groups]
     firsts = np.cumsum([0, *counts[:-1]])
     answers = [answer for group in groups for answer in group["answers"]]
@@ -87,6 +89,7 @@ def lay_out(groups: Sequence[dict], scores: np.ndarray) -> HeldOut:
         wordings=np.array([group.get("wording") or "" for group in groups]),
         owner=np.repeat(np.arange(len(groups)), counts),
         scores=np.asarray(scores, dtype=float),
+        scores_without_eos=np.asarray(scores if without_eos is None else without_eos, dtype=float),
         published=column("score"),
         characters=column("characters"),
         has_code=column("has_code"),

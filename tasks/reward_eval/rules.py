@@ -1,7 +1,8 @@
 """The trivial rules that stand beside a reward model on the same pairs.
 
-"longer", "has code", the logistic rule, the answer-only rule (:mod:`tasks.reward_eval.words`) and "better
-style", where styles are known, see only the text; "earlier" sees the clock, which no reward model should. The logistic rule is what length, code, links, paragraphs and the question's own words say together: a
+"longer", "has code", the logistic rule, the answer-only rule (:mod:`tasks.reward_eval.words`) and, where
+styles are known, "better style" see only the text; "earlier" sees the clock, which no reward model should.
+The logistic rule is what length, code, links, paragraphs and the question's own words say together: a
 Bradley-Terry model on differences of text features, fitted to the training pairs and to nothing held out.
 """
 
@@ -120,7 +121,7 @@ def training_differences(
 
 
 def training_groups(path: Path, most_questions: int) -> Iterator[dict]:
-    """Rows of pack/groups that have a pair, streamed, without tokens; of more about so many, chosen by hash."""
+    """Rows of pack/groups with a pair, streamed, without tokens; of more about so many, chosen by hash."""
     file = parquet.ParquetFile(path)
     share = most_questions / max(file.metadata.num_rows, 1)
     for batch in file.iter_batches(512, columns=COLUMNS):

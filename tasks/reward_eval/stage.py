@@ -17,6 +17,8 @@ from tasks.reward_eval.judge import beside
 from tasks.reward_eval.page import PICTURE, render
 from tasks.reward_eval.pairs import lay_out, name_of
 from tasks.reward_eval.rules import fit_rule, training_differences
+from tasks.reward_eval.truth import right_beats_wrong
+from tasks.reward_eval.words import word_rule
 from tasks.run.devices import derive_seed, use_device
 from tasks.run.files import staged, write_json
 from tasks.run.layout import Layout, StageResult
@@ -35,14 +37,24 @@ def held_out_groups(path: Path) -> list[dict]:
     return sorted(groups, key=name_of)
 
 
-def score_answers(model: RewardModel, groups: Sequence[dict], rows: int, name: str = "model") -> np.ndarray:
+def score_answers(
+    model: RewardModel, groups: Sequence[dict], rows: int, name: str = "model", without: int | None = None
+) -> np.ndarray:
     """A model's scores of all answers of all groups, [A] float64; `rows` documents in one forward.
+
+    Args:
+        model: the reward model or the judge.
+        groups: rows of pack/groups.
+        rows: documents in one forward.
+        name: of its folder, for messages.
+        without: an eos; an answer that is more than that and ends with it is cut of it.
 
     Raises:
         ValueError: a score that is not finite (names the question).
     """
     owners = [group for group in groups for _ in group["answers"]]
     responses = [answer["tokens"] for group in groups for answer in group["answers"]]
+    responses = [r[:-1] if len(r) > 1 and r[-1] == without else r for r in responses]
     scores = model.score([group["prompt"] for group in owners], responses, rows).double().numpy()
     for place in np.flatnonzero(~np.isfinite(scores))[:1]:
         raise ValueError(
@@ -60,14 +72,22 @@ def run(params: Params, layout: Layout) -> StageResult:
     """
     device = use_device(params.machine.device, params.machine.threads)
     groups = held_out_groups(layout.artifact("pack", "groups", "eval.parquet"))
-    rule = fit_rule(*training_differences(layout.artifact("pack", "groups", "reward.parquet")))
+    learnt_from = layout.artifact("pack", "groups", "reward.parquet")
+    rule, words = fit_rule(*training_differences(learnt_from)), word_rule(learnt_from)
     tokenizer = load_tokenizer(layout.artifact("pack", "tokenizer"))
-    model = RewardModel.load(layout.artifact("reward", "model"), tokenizer, device)
-    held = lay_out(groups, score_answers(model, groups, params.machine.microbatch_rows))
-    seed = derive_seed(params.seed, "reward_eval", "bootstrap")
-    card = report(held, groups, rule, params.reward_eval, seed)
-    judge = RewardModel.load(layout.artifact("reward", "judge"), tokenizer, device)
-    card["judge"] = beside(held, score_answers(judge, groups, params.machine.microbatch_rows, "judge"))
+
+    def read(name: str) -> list[np.ndarray]:  # with eos and without
+        model, rows = RewardModel.load(layout.artifact("reward", name), tokenizer, device), params.machine
+        ways = (None, tokenizer.eos_token_id)
+        return [score_answers(model, groups, rows.microbatch_rows, name, without) for without in ways]
+
+    held = lay_out(groups, *read("model"))
+    judged = read("judge")
+    samples, seed = params.reward_eval.bootstrap_samples, derive_seed(params.seed, "reward_eval", "bootstrap")
+    card = report(held, groups, rule, params.reward_eval, seed, words)
+    scores = {"reward_model": held.scores, "judge": judged[0], "answer_only": words.scores(held.texts)}
+    card["truth"] = right_beats_wrong(held, scores, samples, seed)
+    card["judge"] = beside(held, *judged, card["truth"], samples, seed)
     write_json(layout.artifact("reward_eval", "card.json"), card)
     with staged(layout.artifact("reward_eval", "card.md")) as path:
         path.write_text(render(card), encoding="utf-8")

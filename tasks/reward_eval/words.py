@@ -1,8 +1,8 @@
 """The answer-only rule: what the words of an answer give away, whatever was asked.
 
-A Bradley-Terry model on which 1- and 2-grams stand in the answer, fitted to the training pairs as the logistic
-rule is. A reward model that does not lead it need not have read the question. N-grams are hashed into columns
-(arXiv 0902.2206), so that neither time nor memory grows with the vocabulary.
+A Bradley-Terry model on which 1- and 2-grams stand in the answer, fitted to the training pairs as the
+logistic rule is. A reward model that does not lead it need not have read the question. N-grams are hashed
+into columns (arXiv 0902.2206), so that neither time nor memory grows with the vocabulary.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class WordRule:
         return marked(texts) @ self.coefficients
 
     def leading(self, texts: Iterable[str], most: int = 5) -> list[tuple[str, float]]:
-        """Those n-grams of some texts that raise a score most, and those that lower it most, at most so many."""
+        """Those n-grams of some texts that raise a score most, and those that lower it most."""
         known = {gram: self.coefficients[crc32(gram.encode()) % COLUMNS] for t in texts for gram in grams(t)}
         ordered = sorted(known.items(), key=lambda item: (-item[1], item[0]))
         raising, lowering = ([i for i in ordered if sign * i[1] > 0] for sign in (1, -1))
@@ -74,9 +74,9 @@ class WordRule:
 
 
 def fit_words(answers: csr_array, pairs: np.ndarray, weights: np.ndarray, ridge: float = RIDGE) -> np.ndarray:
-    """The maximum of Σ w ln σ(c·better − c·worse) − ridge/2 |c|², by Newton's method with conjugate gradients.
+    """The maximum of Σ w ln σ(c·better − c·worse) − ridge/2 |c|², by Newton's method in a trust region.
 
-    It is the only one, and nothing but answers' sums is kept: no matrix of pairs, none of n-grams by n-grams.
+    Steps are conjugate gradients (scipy's trust-ncg): no matrix of pairs, none of n-grams by n-grams.
 
     Args:
         answers: [A, COLUMNS] what stands in each.
