@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from cases import one_pair_each
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +16,6 @@ from tasks import pack
 from tasks.lm.loading import load_tokenizer
 from tasks.pack.records import GROUPS
 from tasks.reward_eval import run, stage
-from tasks.reward_eval.judge import beside
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,7 @@ def outs(layout):
     return json.loads((folder / "card.json").read_text()), json.loads((folder / "gate.json").read_text())
 
 
-def own_accuracy(layout, name="model") -> float:
+def own_accuracy(layout, name="model", without_eos=False) -> float:
     """From the files alone, with plain transformers."""
     from transformers import AutoModelForSequenceClassification
 
@@ -72,7 +70,10 @@ def own_accuracy(layout, name="model") -> float:
     right = []
     for group in parquet.read_table(layout.artifact("pack", "groups", "eval.parquet")).to_pylist():
         with torch.no_grad():
-            rows = [torch.tensor([group["prompt"] + a["tokens"]]) for a in group["answers"]]
+            responses = [a["tokens"] for a in group["answers"]]
+            if without_eos:
+                responses = [r[:-1] if r[-1] == tiny.tokenizer().eos_token_id else r for r in responses]
+            rows = [torch.tensor([group["prompt"] + r]) for r in responses]
             scores = [model(row).logits.item() for row in rows]
         right += [scores[better] > scores[worse] for better, worse in group["pairs"]]
     return sum(right) / len(right)
@@ -209,20 +210,53 @@ def test_the_judge_stands_beside_and_decides_nothing(packed, tmp_path):
     )
     assert 0 < card["judge"]["of_mistakes"] < 1
     page = other.artifact("reward_eval", "card.md").read_text()
-    assert f"is right for {metrics['judge_accuracy']:.3f} of the pairs, 0." in page
+    assert f"is right for {metrics['judge_accuracy']:.3f} [0." in page and "Nobody can tell here" in page
+    assert (card["judge"]["style_against_truth"], card["judge"]["is_judge"], card["truth"]) == (None, True, None)
     same = copied(packed, tmp_path / "same")
     same.artifact("reward", "judge").unlink()
     same.artifact("reward", "judge").symlink_to(packed.artifact("reward", "model"))
     again = run(tiny.params(), same).metrics
     assert again.pop("judge_accuracy") == again["accuracy"] and outs(same)[0]["judge"]["of_mistakes"] == 0.0
-    del metrics["judge_accuracy"]
+    assert again.pop("judge_accuracy_without_eos") == again["accuracy_without_eos"] != again["accuracy"]
+    del metrics["judge_accuracy"], metrics["judge_accuracy_without_eos"]
     assert again == metrics and outs(same)[1] == gate
 
 
-def test_a_judge_by_hand():
-    """Margins 1, −1, 0 of the reward model; the judge is right for the first and the last."""
-    held, _ = one_pair_each(1.0, -1.0, 0.0)
-    judged = np.array([2.0, 0.0, -1.0, 0.0, 3.0, 0.0])
-    assert beside(held, judged) == {"accuracy": pytest.approx(2 / 3), "of_mistakes": 0.5}
-    held, _ = one_pair_each(1.0, 2.0)
-    assert beside(held, np.zeros(4)) == {"accuracy": 0.0, "of_mistakes": None}
+def test_both_readings_are_of_the_files(packed, tmp_path):
+    """With plain transformers: answers as they stand, and without their last token where that is eos."""
+    metrics = run(tiny.params(), packed).metrics
+    assert metrics["accuracy"] == pytest.approx(own_accuracy(packed))
+    assert metrics["accuracy_without_eos"] == pytest.approx(own_accuracy(packed, without_eos=True))
+    assert metrics["accuracy_without_eos"] != metrics["accuracy"]
+    card = outs(packed)[0]["without_eos"]
+    assert card["accuracy"] == metrics["accuracy_without_eos"]
+    assert card["loss"] == pytest.approx(metrics["accuracy"] - card["accuracy"])
+
+
+def test_what_the_sample_says_of_truth_and_style_reaches_the_card(packed, tmp_path):
+    """One right and one wrong answer to each question; the wrong one is written better in every second."""
+    layout = copied(packed, tmp_path)
+
+    def told(table):
+        rows = []
+        for n, row in enumerate(table.to_pylist()):
+            right, wrong, *_ = row["answers"]
+            right |= {"text": "It is `yes`.", "style": "plain"}
+            wrong |= {"text": "Well, it is `no`.", "style": ("clear", "padded")[n % 2]}
+            known = {"kind": ("a", "b")[n % 2], "wording": "new", "expected": "yes"}
+            rows.append(row | known | {"answers": [right, wrong], "pairs": [[0, 1]], "weights": [1.0]})
+        return table.from_pylist(rows, schema=GROUPS)
+
+    rewrite(layout, "eval", told)
+    metrics, card = run(tiny.params(), layout).metrics, outs(layout)[0]
+    against = card["truth"]["style"]["against truth"]
+    assert metrics["judge_style_against_truth"] == against["judge"]["right"]
+    assert card["judge"]["style_against_truth"] == against["judge"]["right"]
+    assert metrics["style_against_truth"] == against["reward_model"]["right"]
+    assert card["judge"]["is_judge"] == (against["judge"]["right"] >= 0.7)
+    assert metrics["style_accuracy"] == card["parts"]["kind"]["b"]["pairs"] / card["pairs"]
+    assert {"kind_a_accuracy", "kind_b_accuracy", "wording_new_accuracy"} <= metrics.keys()
+    assert metrics["right_beats_wrong"] == metrics["accuracy"], "the right answers are the better ones"
+    page = layout.artifact("reward_eval", "card.md").read_text()
+    assert "## Does the right answer beat the wrong one?" in page and "| against truth |" in page
+    assert ("is no judge" in page) != card["judge"]["is_judge"]
