@@ -95,6 +95,35 @@ def test_encoder_decoders_read_by_their_own_heads():
     assert tiny.far(score_documents(gemma, documents, 8), plain_scores(gemma, documents, extra=0)) <= 1e-5
 
 
+@pytest.mark.parametrize(("kind", "pad"), [("llama", 0), ("gpt2", 0), ("gptj", 0), ("gptj", None)])
+def test_without_the_last_token_as_well(kind, pad):
+    """As the shorter documents alone score, gradients too; answers share a question, one stands alone."""
+    model = tiny.scorer(kind, pad_token_id=pad)
+    question, one, two, alone = tiny.drawn((4, 3, 5, 6))
+    documents = [question + one, question + two, alone]
+    short = [documents[2][:-1], documents[0][:-1]]
+    weights = torch.tensor([0.5, -1.0, 2.0, 1.0, -0.7])
+    wanted = torch.stack([model(input_ids=torch.tensor([d])).logits[0, 0] for d in [*documents, *short]])
+    (wanted * weights).sum().backward()
+    slopes = tiny.gradients(model)
+    serve_forest(model)
+    tree = plant([Segment(question), Segment(one, 0), Segment(two, 0), Segment(alone)])
+    found = forest_scores(model, tree, [1, 2, 3], but_last=[2, 0])
+    assert tiny.far(found, wanted) <= 1e-5
+    (found * weights).sum().backward()
+    assert tiny.far_gradients(tiny.gradients(model), slopes) <= 1e-5
+
+
+def test_nothing_is_read_without_its_only_token():
+    model = tiny.scorer()
+    serve_forest(model)
+    with pytest.raises(ValueError, match="segment 1 of a forest is nothing without its last token"):
+        forest_scores(model, plant([Segment((3, 4)), Segment((5,), 0)]), [0, 1], but_last=[0, 1])
+    encoder = tiny.scorer("bert")
+    with pytest.raises(ValueError, match="BertForSequenceClassification sees a document as a whole"):
+        forest_scores(encoder, plant([Segment((3, 4))], is_causal=False), [0], but_last=[0])
+
+
 @torch.no_grad()
 def test_a_model_without_a_pad_id_is_read_row_by_row():
     model = tiny.scorer("gptj", pad_token_id=None)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tasks.reward.losses import gap_weights, length_rule, pair_loss
+from tasks.reward.losses import expected_loss, gap_weights, length_rule, pair_loss
 
 BETTER, WORSE = torch.tensor([2.0, 1.0, 1.0, 0.0]), torch.tensor([2.0, 0.0, 1 + math.log(3), 300.0])
 PLAIN = [math.log(2), math.log(1 + math.exp(-1)), math.log(4), 300.0]
@@ -15,6 +15,16 @@ PLAIN = [math.log(2), math.log(1 + math.exp(-1)), math.log(4), 300.0]
 
 def test_pair_loss_by_hand():
     assert pair_loss(BETTER, WORSE).tolist() == pytest.approx(PLAIN)
+
+
+def test_readings_by_hand():
+    """One time in four without eos: 9/16, 3/16 (the better alone), 3/16 (the worse alone), 1/16."""
+    whole, cut = (torch.tensor([1.0]), torch.tensor([0.0])), (torch.tensor([3.0]), torch.tensor([2.0]))
+    found = expected_loss([(0.75, *whole), (0.25, *cut)])
+    wanted = [9, 1 - 0, 3, 3 - 0, 3, 1 - 2, 1, 3 - 2]
+    terms = zip(wanted[::2], wanted[1::2], strict=True)
+    assert found.item() == pytest.approx(sum(n / 16 * math.log(1 + math.exp(-d)) for n, d in terms))
+    assert torch.equal(expected_loss([(1.0, BETTER, WORSE)]), pair_loss(BETTER, WORSE))
 
 
 def test_a_margin_by_hand():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 
 import pytest
 import tiny
@@ -26,9 +26,10 @@ OPTIONS = {
     "smoothing": {"label_smoothing": 0.1},
     "centering": {"center_rewards_coefficient": 0.01},
     "length": {"length_offset": 0.7},
+    "without_eos": {"without_eos_share": 0.3},
     "all": {
         "weigh": "question", "margin": 0.3, "gap_weight": 0.5, "label_smoothing": 0.1,
-        "center_rewards_coefficient": 0.01, "length_offset": 0.7,
+        "center_rewards_coefficient": 0.01, "length_offset": 0.7, "without_eos_share": 0.25,
     },
 }  # fmt: skip
 
@@ -50,6 +51,12 @@ def longer(group: GroupedAnswers) -> list[float]:
     return [math.log(size[0] / size[-1]) for size in sizes]
 
 
+def without_eos(group: GroupedAnswers) -> GroupedAnswers:
+    """Cut of it where an answer is more than that."""
+    cut = (r[:-1] if len(r) > 1 and r[-1] == tiny.EOS else r for r in group.responses)
+    return replace(group, responses=tuple(cut))
+
+
 def by_definition(model, data, **options) -> torch.Tensor:
     """The loss of one batch, written out over padded rows."""
     power, share = options.get("gap_weight", 0), options.get("label_smoothing", 0)
@@ -59,16 +66,20 @@ def by_definition(model, data, **options) -> torch.Tensor:
     beta = 0.0
     if "length_offset" in options:
         beta = options["length_offset"] * length_rule([*chain(*map(longer, data))], [*chain(*weights)])
-    questions = []
-    for group, own, of_pairs in zip(data, padded_scores(model, data), weights, strict=True):
+    cut, questions = options.get("without_eos_share", 0), []
+    chances = (1 - cut) ** 2, (1 - cut) * cut, cut * (1 - cut), cut**2
+    read = padded_scores(model, data), padded_scores(model, [without_eos(group) for group in data])
+    for group, whole, short, of_pairs in zip(data, *read, weights, strict=True):
         losses = []
         for (b, w), weight, gap, length in zip(group.pairs, of_pairs, group.gaps, longer(group), strict=True):
-            better, worse = (own[i] if i != NOTHING else torch.tensor(0.0) for i in (b, w))
-            d = better - worse + beta * length - options.get("margin", 0) * gap
-            loss = -(1 - share) * logsigmoid(d) - share * logsigmoid(-d)
-            loss = loss + options.get("center_rewards_coefficient", 0) * (better + worse) ** 2
-            losses.append(weight * loss)
-        questions.append(torch.stack(losses))
+            for chance, (of_better, of_worse) in zip(chances, product((whole, short), repeat=2), strict=True):
+                better = of_better[b] if b != NOTHING else torch.tensor(0.0)
+                worse = of_worse[w] if w != NOTHING else torch.tensor(0.0)
+                d = better - worse + beta * length - options.get("margin", 0) * gap
+                loss = -(1 - share) * logsigmoid(d) - share * logsigmoid(-d)
+                loss = loss + options.get("center_rewards_coefficient", 0) * (better + worse) ** 2
+                losses.append(weight * chance * loss)
+        questions.append(torch.stack(losses).view(-1, 4).sum(1))
     if options.get("weigh") == "question":
         return torch.stack([losses.mean() for losses in questions]).mean()
     return torch.cat(questions).mean()
@@ -117,6 +128,40 @@ def test_what_does_nothing_changes_nothing(tmp_path):
     assert loss(tmp_path, single, weigh="question") == loss(tmp_path, single)
     with pytest.raises(ValueError, match="length_offset"):
         loss(tmp_path, alike, length_offset=1.0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gptj"])
+def test_both_readings_on_either_road(tmp_path, kind):
+    """In the forest and in padded rows; the whole batch and parts of a question each."""
+    model, data = tiny.scorer(kind), some()
+    wanted = by_definition(model, data, without_eos_share=0.4)
+    wanted.backward()
+    gradients = tiny.gradients(model)
+    for most in (0, 1):
+        keys = {"model": tiny.scorer(kind), "without_eos_share": 0.4, "microbatch_tokens": most}
+        found, loss = first_step(tmp_path, data, **keys)
+        assert tiny.far_gradients(found, gradients) <= 1e-5
+        assert loss == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_a_share_of_1_is_training_on_answers_without_eos(tmp_path):
+    data = some()
+    always = loss(tmp_path, data, without_eos_share=1.0)
+    assert always == pytest.approx(loss(tmp_path, [without_eos(group) for group in data]), rel=1e-5)
+    assert abs(always - loss(tmp_path, data)) > 1e-3
+
+
+def test_a_share_that_nothing_could_follow_is_refused(tmp_path):
+    keys = {"without_eos_share": 0.5}
+    cut = [without_eos(group) for group in groups(4)]
+    only_eos = [replace(cut[0], responses=((tiny.EOS,), *cut[0].responses[1:]))]
+    for data in (cut, only_eos):
+        with pytest.raises(ValueError, match=r"share is 0\.5, but no answer of train_dataset ends with eos \(1"):
+            trainer(tmp_path, train=data, **keys)
+    with pytest.raises(ValueError, match="BertForSequenceClassification is an encoder, which reads no eos"):
+        trainer(tmp_path, model=tiny.scorer("bert"), **keys)
+    with pytest.raises(ValueError, match="without_eos_share is between 0 and 1, not"):
+        RewardConfig(output_dir=str(tmp_path), use_cpu=True, without_eos_share=1.5)
 
 
 @pytest.mark.parametrize("option", ["margin", "gap_weight"])

@@ -271,7 +271,7 @@ def test_the_settings_reach_the_trainer(packed, tmp_path, monkeypatch):
     settings = {
         "weigh": "question", "margin": 0.5, "gap_weight": 1.5, "label_smoothing": 0.25,
         "center_rewards_coefficient": 0.75, "length_offset": 0.375, "learning_rate": 0.5,
-        "num_layers_unfrozen": 1,
+        "num_layers_unfrozen": 1, "without_eos_share": 0.125,
     }  # fmt: skip
     for adapter in ({}, {"lora_rank": 3, "lora_alpha": 24}):
         with pytest.raises(Asked) as found:
@@ -348,6 +348,7 @@ def test_an_encoder_from_training_to_ppo(packed, tmp_path, lora_rank):
     model = tiny.scorer("bert", vocab_size=104, max_position_embeddings=256)
     base = str(tiny.save(model, tmp_path / "base", tiny.encoder_tokenizer()))
     settings = {"base": base, "lora_rank": lora_rank, "learning_rate": 1e-3, "epochs": 3}
+    settings["without_eos_share"] = 0.5  # which an encoder follows whatever it is: it reads no eos
     params = tiny.params(reward=settings)
     metrics = run(params, layout).metrics
     folder = layout.artifact("reward", "model")

@@ -78,6 +78,24 @@ def test_questions_are_resampled_whole():
     assert ten == interval(np.arange(6), values, 300, 0) and ten[1] - ten[0] > 0.6
 
 
+def test_clusters_are_resampled_and_not_their_questions():
+    """A hundred questions about twenty things: the interval is that of twenty, and wider by about √5."""
+    things = np.random.default_rng(0).integers(0, 2, 20)
+    groups = [
+        group(n, [answer(1), answer(0)], [[0, 1]]) | {"cluster": f"thing {n % 20}"} for n in range(100)
+    ]
+    right = np.tile(things, 5).astype(float)
+    held = lay_out(groups, np.zeros(200))
+    assert len(np.unique(held.cluster_of)) == 20
+    low, high = interval(held.cluster_of, right, 1000, 0)
+    assert (low, high) == interval(np.sort(np.unique(held.cluster_of)), right[:20][np.argsort(
+        [f"thing {n}" for n in range(20)])], 1000, 0)  # fmt: skip
+    narrow = np.subtract(*interval(held.question_of, right, 1000, 0)[::-1])
+    assert (high - low) / narrow == pytest.approx(5**0.5, rel=0.15)
+    alone = lay_out([each | {"cluster": None} for each in groups], np.zeros(200))
+    assert alone.cluster_of.tolist() == [f"s/{n}" for n in range(100)], "without one a question is its own"
+
+
 def test_sums_over_questions_give_the_interval_of_pairs():
     held, _ = drawn(40)
     values = np.random.default_rng(0).normal(size=len(held.pairs))

@@ -105,11 +105,11 @@ def test_the_leading_grams():
 
 def test_the_gate_reads_the_lead_over_it(tmp_path):
     """A model that only knows the wording: right in 8 of 10, as the rule is, and no lead is left."""
-    rule = word_rule(write(tmp_path / "r.parquet", ten()))
-    groups = ten()
+    groups = ten("say `4`", "see `4`")
+    rule = word_rule(write(tmp_path / "r.parquet", groups))
     held = lay_out(groups, np.tile([1.0, 0.0], 10))
     card = report(held, groups, NO_RULE, RewardEvalParams(bootstrap_samples=100), 0, rule)
     assert card["rules"]["answer_only"]["credit"] == card["rules"]["reward_model"]["credit"] == 0.8
     assert (card["best_text_rule"], card["margin"]) == ("answer_only", 0.0)
     assert summary(card)["answer_only_accuracy"] == 0.8
-    assert card["answer_only_rule"]["pairs"] == 10 and len(card["answer_only_rule"]["leading"]) == 10
+    assert card["answer_only_rule"]["pairs"] == 10 and card["answer_only_rule"]["leading"]

@@ -45,6 +45,17 @@ def test_the_same_seed_gives_the_same_interval():
     assert found[0] == found[1] == found[3] != found[2]
 
 
+def test_the_spread_of_clusters_is_known():
+    """400 clusters of three alike: the mean has the standard error of 400 values, √3 that of 1,200 rows."""
+    draw, clusters = np.random.default_rng(2), np.repeat(np.arange(400), 3)
+    values = np.repeat(draw.normal(size=400), 3)
+    error = np.std(values) / np.sqrt(400)  # known: of a mean of 400 independent values
+    low, high = bootstrap(clusters, mean_of(values), 2000, 0)
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.06)
+    low, high = bootstrap(range(1200), mean_of(values), 2000, 0)
+    assert (high - low) / 2 == pytest.approx(1.96 * error / np.sqrt(3), rel=0.06)
+
+
 def test_an_interval_covers_the_truth_19_times_in_20():
     """100 worlds of 40 questions with 5 like answers each; resampling rows instead would cover about 60 %."""
     draw, covered = np.random.default_rng(1), 0
