@@ -63,6 +63,7 @@ def right_beats_wrong(
     return {
         partition: {name: part(chosen) for name, chosen in parts.items() if chosen.any()}
         for partition, parts in partitions_of_truth(held).items()
+        if any(chosen.any() for chosen in parts.values())
     }
 
 

@@ -211,7 +211,8 @@ def test_the_judge_stands_beside_and_decides_nothing(packed, tmp_path):
     assert 0 < card["judge"]["of_mistakes"] < 1
     page = other.artifact("reward_eval", "card.md").read_text()
     assert f"is right for {metrics['judge_accuracy']:.3f} [0." in page and "Nobody can tell here" in page
-    assert card["judge"]["is_judge"] is True and card["judge"]["style_against_truth"] is card["truth"] is None
+    assert card["judge"]["is_judge"] is True and card["judge"]["style_against_truth"] is None
+    assert "style" not in card["truth"] and "style stands" not in page, "truth is known here, and no style"
     same = copied(packed, tmp_path / "same")
     same.artifact("reward", "judge").unlink()
     same.artifact("reward", "judge").symlink_to(packed.artifact("reward", "model"))
