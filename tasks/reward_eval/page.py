@@ -55,7 +55,8 @@ def _head(card: dict) -> Iterator[str]:
     yield f"{card['pairs']} pairs of {card['questions']} held-out questions; every pair counts once."
     yield f"Intervals: 95 %, {card['clusters']} clusters of questions resampled whole, leads paired; a dash"
     yield "where there are too few."
-    yield f"Cut of their eos, answers lose {cut['loss']:+.3f} {_interval(cut['loss_interval'], '+')} of it."
+    lost = f"{cut['loss']:+.3f} {_interval(cut['loss_interval'], '+')}"
+    yield f"What accuracy loses where answers are cut of their eos: {lost}."
 
 
 def _rules(card: dict) -> Iterator[str]:
