@@ -153,7 +153,7 @@ def grouped(row: Row) -> Group:
             _post(_hash(number, place, answer), answer, "", False, number,
                   int(score) if whole else ranks[score], licence=licence)
         )  # fmt: skip
-    return str(row.get("site") or ""), posts
+    return _stated(row), posts
 
 
 def preferred(row: Row) -> Group:
@@ -169,7 +169,7 @@ def preferred(row: Row) -> Group:
     number = _hash(prompt, chosen, rejected)
     answers = [_post(_hash(number, 1), chosen, "", False, number, 1)]
     answers.append(_post(_hash(number, 0), rejected, "", False, number, _score_of_rejected(row)))
-    return "", [_post(number, prompt, "", False), *answers]
+    return _stated(row), [_post(number, prompt, "", False), *answers]
 
 
 def _stripped(turns: list[Turn]) -> list[Turn]:
@@ -200,7 +200,7 @@ def rated(row: Row) -> Group:
     prompt = question_of(before)
     number = _hash("prompt", prompt)
     reply = _post(_hash(number, answer, bool(label)), answer, "", False, number, int(label))
-    return "", [_post(number, prompt, "", False), reply]
+    return _stated(row), [_post(number, prompt, "", False), reply]
 
 
 SHAPES: tuple[tuple[frozenset[str], Shape], ...] = (
@@ -251,10 +251,15 @@ def _date(row: Row) -> str:
 
 
 def _site(row: Row) -> str:
-    """The host of the first address in the metadata; "" where there is none."""
+    """The host of the first address in the metadata, else what the column `site` states."""
     addresses: Sequence[str] | str = row.get("metadata") or ""
     first = addresses if isinstance(addresses, str) else next(iter(addresses), "")
-    return urlsplit(first).hostname or ""
+    return urlsplit(first).hostname or _stated(row)
+
+
+def _stated(row: Row) -> str:
+    """The column `site`, for which an empty one leaves the file's own."""
+    return str(row.get("site") or "")
 
 
 def _owner(value: Any) -> int | None:

@@ -64,8 +64,8 @@ class Homes:
         self._names = list(shares)
         self._homes = bytearray()
 
-    def next(self, site: str, number: int) -> str:
-        """The split of the next question; to be asked in the order of (site, id)."""
+    def next(self, site: str, number: int) -> str | None:
+        """The split of the next question, None: in none; to be asked in the order of (site, id)."""
         place = len(self._homes)
         own = self._names.index(split_of(site, number, self._shares))
         leader = self._clusters.leader(place)
