@@ -25,7 +25,7 @@ class SiteHomes(Homes):
 
     Args:
         clusters: of look-alikes.
-        shares: of sft, reward and rl: all other questions go there, as by `Homes`.
+        shares: all other questions go to sft, reward and rl by theirs, as by `Homes`.
         sites: held out.
         held: by number of question, 1 at the leader of each cluster that holds a held-out site's question.
     """
@@ -33,24 +33,32 @@ class SiteHomes(Homes):
     def __init__(
         self, clusters: Clusters, shares: Mapping[str, float], sites: Collection[str], held: bytearray
     ) -> None:
-        super().__init__(clusters, shares)
+        super().__init__(clusters, shares, held_out=())
         self._sites, self._held = frozenset(sites), held
 
     def next(self, site: str, number: int) -> str | None:
         """The split of the next question, None where it is left out; in the order of (site, id)."""
-        place = len(self._homes)
-        if not self._held[self._clusters.leader(place)]:
-            return super().next(site, number)
-        self._homes.append(0)  # nobody asks: whoever it leads is held out or left out, too
+        is_held = self._held[self._clusters.leader(len(self._homes))]
+        moved, home = self.moved, super().next(site, number)
+        if not is_held:
+            return home
+        self.moved = moved
         return "eval" if site in self._sites else None
 
 
-def homes_of(data: DataParams, clusters: Clusters, base: duckdb.DuckDBPyConnection, questions: Path) -> Homes:
+def homes_of(
+    data: DataParams,
+    clusters: Clusters,
+    held_out: Collection[tuple[str, int]] | None,
+    base: duckdb.DuckDBPyConnection,
+    questions: Path,
+) -> Homes:
     """Who says where a question goes, as `data.split_by` has it.
 
     Args:
         data: the section.
         clusters: of look-alikes.
+        held_out: (site, id) of the questions that the sample site holds out; None where shares decide.
         base: a database after `tasks.data.join.join`.
         questions: Parquet file of `KEYS`, sorted by (site, id).
 
@@ -59,7 +67,7 @@ def homes_of(data: DataParams, clusters: Clusters, base: duckdb.DuckDBPyConnecti
     """
     shares = {name: getattr(data.split, name) for name in SPLITS}
     if data.split_by == "question":
-        return Homes(clusters, shares)
+        return Homes(clusters, shares, held_out)
     ranges = {site: range(a, b) for site, a, b in base.execute(RANGES, [str(questions)]).fetchall()}
     held = bytearray(sum(map(len, ranges.values())))
     for site in data.eval_sites:
@@ -71,7 +79,6 @@ def homes_of(data: DataParams, clusters: Clusters, base: duckdb.DuckDBPyConnecti
             )
         for number in ranges[site]:
             held[clusters.leader(number)] = 1
-    del shares["eval"]
     return SiteHomes(clusters, shares, data.eval_sites, held)
 
 
