@@ -12,7 +12,7 @@ import yaml
 from params import inputs
 from params.estimate import describe
 from params.inputs import BASES, KEYS, RAW, Record, read_record, record_path, record_text
-from params.links import Link, dump_links, expanded, hub_names, model_links, recorded_names, relinked
+from params.links import Link, dump_links, expanded, hub_names, listed, model_links, recorded_names, relinked
 from params.load import ParamsError, read, read_mapping, validate
 from params.render import render
 
@@ -57,7 +57,8 @@ def use(preset: str, settings: list[str]) -> str:
     Args:
         preset: a name in params/presets.
         settings: "dotted.key=value"; `data.source` takes paths, `model.base` and `reward.base` a folder or a
-            Hub id; each also takes what is recorded already, whether it is here or not.
+            Hub id; each also takes what is recorded already, whether it is here or not. `data.eval_sites`
+            takes names with commas between, as `data.source` does.
 
     Returns:
         One line for the user.
@@ -78,6 +79,8 @@ def use(preset: str, settings: list[str]) -> str:
     if (source := given.get("data.source", "sample")) != "sample":
         links[RAW], named[RAW] = dump_links(source, earlier[RAW]), recorded_names(source, earlier[RAW])
         given["data.source"] = sorted({*(link.name for link in links[RAW]), *named[RAW]}) + hub_names(source)
+    if "data.eval_sites" in given:
+        given["data.eval_sites"] = listed("data.eval_sites", given["data.eval_sites"])
     for key, folder in BASES.items():
         links[folder], named[folder] = _base_links(key, given.get(key, ""), earlier[folder])
         given |= {key: str(folder)} if links[folder] or named[folder] else {}

@@ -142,17 +142,24 @@ def hub_names(value: str) -> list[str]:
     return sorted(set(_parts(value, hub=True)))
 
 
+def listed(key: str, value: str) -> list[str]:
+    """The names in a setting: a YAML list, or one name, or several with commas between; blanks too."""
+    if not (value.startswith("[") and value.endswith("]")):
+        return [part.strip() for part in value.split(",")] if value else []
+    try:
+        parts = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parts = None
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise ParamsError(f"{key}: {value!r} is no list of names")
+    return parts
+
+
 def _parts(value: str, hub: bool | None = False) -> list[str]:
     """The paths (or names on the Hub, or both) in a value: one path, several with commas, or a YAML list."""
-    if value.startswith("[") and value.endswith("]"):
-        try:
-            parts = yaml.safe_load(value)
-        except yaml.YAMLError:
-            parts = None
-        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-            raise ParamsError(f"data.source: {value!r} is no list of names")
-    else:  # a comma may be part of a name
-        parts = [value] if expanded(value).exists() else value.split(",")
+    # a comma may be part of a name, and so may brackets
+    is_list = value.startswith("[") and value.endswith("]")
+    parts = [value] if not is_list and expanded(value).exists() else listed("data.source", value)
     parts = [part.strip() for part in parts if part.strip()]
     return [part for part in parts if hub is None or part.startswith(HUB) is hub]
 

@@ -133,6 +133,8 @@ def _describe(found: Mapping[str, Any]) -> str:
         return str(found["ctx"]["error"])
     if key == "data.source":
         return f"data.source: 'sample' or a list of file names is expected, not {found['input']!r}"
+    if key == "data.eval_sites":
+        return f"data.eval_sites: a list of sites is expected, [a.example, b.example], not {found['input']!r}"
     if found["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return f"{key}: a section is expected, not {_short(found['input'])}"
     message = found["msg"][0].lower() + found["msg"][1:]

@@ -122,7 +122,7 @@ class SplitParams(Section):
     sft: float = Field(0.25, ge=0)
     reward: float = Field(0.6, ge=0)
     rl: float = Field(0.09, ge=0)
-    eval: float = Field(0.06, ge=0)
+    eval: float = Field(0.06, ge=0, description="not used with split_by: site")
 
     @model_validator(mode="after")
     def _positive(self) -> SplitParams:
@@ -145,7 +145,29 @@ class DataParams(Section):
     min_answers: int = Field(
         2, ge=1, description="questions with fewer answers are left out, as in StackLLaMA"
     )
+    split_by: Literal["question", "site"] = Field(
+        "question", description="site: eval is all of eval_sites, the other sites are dealt to the rest"
+    )
+    eval_sites: tuple[str, ...] = Field((), description="with split_by: site, the sites that are held out")
     split: SplitParams = SplitParams()
+
+    @model_validator(mode="after")
+    def _sites(self) -> DataParams:
+        sites = self.eval_sites
+        if not all(site.strip() for site in sites):
+            raise ValueError(f"data.eval_sites: a blank names no site, in {list(sites)}")
+        if again := next((site for site in sites if sites.count(site) > 1), None):
+            raise ValueError(f"data.eval_sites: {again} stands there {sites.count(again)} times")
+        if sites and self.split_by != "site":
+            raise ValueError(
+                f"data.eval_sites holds out {', '.join(sites)}, but data.split_by is {self.split_by}; "
+                "data.split_by=site splits so"
+            )
+        if self.split_by == "site" and self.source == "sample":
+            raise ValueError("data.split_by is site, but data.source is the sample, which is a single site")
+        if self.split_by == "site" and not sites:
+            raise ValueError("data.split_by is site, but data.eval_sites names no site to hold out")
+        return self
 
 
 class PackParams(Section):

@@ -1,4 +1,4 @@
-"""Dump -> questions with scored answers, split by question. Knows no tokenizer.
+"""Dump -> questions with scored answers, split by question or by site. Knows no tokenizer.
 
 Reading order: `stage` tells the story; then `sources` (files -> bytes), `cut` (bytes -> blocks), `dump`
 (blocks -> rows), `posts` (rows -> posts), `shelf`, `join`, `deal` (HTML -> Markdown, by `html` and `plain`),

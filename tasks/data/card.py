@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from params.schema import DataParams
 from tasks.data.damage import LONGEST_ROW, total
 from tasks.data.shelf import Shelf
 
@@ -27,6 +28,7 @@ DROPS = {
     "unreadable_html": "text that could not be converted",
     "empty_question": "question without words",
     "question_with_few_answers": "question with fewer usable answers than data.min_answers",
+    "like_held_out": "question that resembles one of a held-out site (data.eval_sites)",
     "answer_of_dropped_question": "answer that went with its question",
 }
 LOSSES = {
@@ -88,16 +90,17 @@ def metrics_of(
 
 
 def card_of(
-    tally: Tally, splits: Sequence[str], metrics: Mapping[str, float], min_answers: int, first: Sequence[str]
+    tally: Tally, splits: Sequence[str], metrics: Mapping[str, float], data: DataParams, first: Sequence[str]
 ) -> str:
     """The card as Markdown; the same data gives the same text. `first`: see `first_losses`."""
+    how, proof = _how_split(data, metrics)
     sites = sorted({site for site, _ in tally.counts})
     lines = [
         "# Data card",
         "",
-        f"Questions with {min_answers} or more usable answers from {len(sites)} StackExchange site(s), "
-        "split by question. An answer's score is `round(log2(1 + votes))`, + 1 if accepted, −1 if votes are "
-        "negative; a pair is two answers of one question with different scores.",
+        f"Questions with {data.min_answers} or more usable answers from {len(sites)} StackExchange site(s), "
+        f"split by {data.split_by}. {how}An answer's score is `round(log2(1 + votes))`, + 1 if accepted, "
+        "−1 if votes are negative; a pair is two answers of one question with different scores.",
         "",
         "| site | split | questions | answers | pairs |",
         "|---|---|---:|---:|---:|",
@@ -114,8 +117,7 @@ def card_of(
         *(f"- {words}: {metrics[name]:,.0f}" for name, words in LOSSES.items()),
         *(["", "Where this was first met:", "", *(f"- {line}" for line in first)] if first else []),
         "",
-        "No id, normalised title or normalised body stands in two splits: questions that share one go "
-        "together.",
+        f"No id, normalised title or normalised body stands in two splits: {proof}",
         "",
         "## Licence and attribution",
         "",
@@ -126,6 +128,20 @@ def card_of(
         "",
     ]
     return "\n".join(lines)
+
+
+def _how_split(data: DataParams, metrics: Mapping[str, float]) -> tuple[str, str]:
+    """What is held out, and what became of look-alikes."""
+    together = "questions that share one go together"
+    if data.split_by == "question":
+        return "", f"{together}."
+    count = metrics["drops/like_held_out"]
+    return (
+        f"**Held out:** eval is all of {', '.join(data.eval_sites)} and nothing else; the other sites' "
+        "questions go to sft, reward and rl by their shares (data.split.eval is not used). ",
+        f"{together}, and those that share one with a question of a held-out site are left out of training "
+        f"({count:,.0f}).",
+    )
 
 
 def first_losses(shelf: Shelf) -> list[str]:

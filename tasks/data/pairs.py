@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,9 +47,8 @@ class Pairs:
             string(row.get(name), name).encode()  # JSON can spell half a surrogate pair
         if not isinstance(row.get("qid"), int) or abs(row["qid"]) >= 2**63:
             raise Unreadable("unreadable_row", f"'qid' is no whole number: {row.get('qid')!r}")
-        metadata = row.get("metadata") or ""
-        site = metadata if isinstance(metadata, str) else next(iter(metadata), "")
-        self._batch.append({**{name: row.get(name) for name in PAIR.names}, "number": number, "site": site})
+        of_pair = {name: row.get(name) for name in PAIR.names}
+        self._batch.append({**of_pair, "number": number, "site": site_of_row(row)})
         if len(self._batch) == ROWS_PER_GROUP:
             self._write()
 
@@ -71,7 +71,7 @@ class Pairs:
                         "qid": first["qid"],
                         "question": first["question"],
                         "date": first["date"],
-                        "metadata": first["site"],
+                        "site": first["site"],
                         "pairs": [(pair["response_j"], pair["response_k"]) for pair in pairs],
                     },
                 )
@@ -80,6 +80,13 @@ class Pairs:
     def _write(self) -> None:
         self._writer.write_table(pa.Table.from_pylist(self._batch, schema=PAIR))
         self._batch = []
+
+
+def site_of_row(row: Mapping[str, Any]) -> str:
+    """The host of the first address in the metadata, else what the column `site` states, else ""."""
+    addresses: Sequence[str] | str = row.get("metadata") or ""
+    first = addresses if isinstance(addresses, str) else next(iter(addresses), "")
+    return urlsplit(first).hostname or str(row.get("site") or "")
 
 
 def levels(pairs: Sequence[tuple[str, str]]) -> dict[str, int]:

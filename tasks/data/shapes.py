@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
-from urllib.parse import urlsplit
 
 from tasks.data.damage import Damage
 from tasks.data.dialogue import Turn, Unreadable, answered, question_of, string
-from tasks.data.pairs import Pairs, levels
+from tasks.data.pairs import Pairs, levels, site_of_row
 from tasks.data.posts import licence_of
 from tasks.data.records import Post
 from tasks.data.shelf import Shelf
@@ -109,7 +108,7 @@ def _without_forbidden(post: Post, damage: Damage) -> Post:
 
 def preferences(row: Row) -> Group:
     """HuggingFaceH4/stack-exchange-preferences: HTML, scores as published."""
-    created, site = _date(row), _site(row)
+    created, site = _date(row), site_of_row(row)
     answers = list(row["answers"])
     accepted = next((int(answer["answer_id"]) for answer in answers if answer["selected"]), None)
     question = _post(int(row["qid"]), row["question"], created, True, accepted_id=accepted)
@@ -127,7 +126,7 @@ def paired(row: Row) -> Group:
     """lvwerra/stack-exchange-paired: all pairs of a question; an answer scores how many others lie below."""
     created = _date(row)
     number = int(row["qid"])
-    site = _site(row)
+    site = site_of_row(row)
     try:
         scores = levels([(j, k) for j, k in row["pairs"]])
     except ValueError as error:
@@ -153,7 +152,7 @@ def grouped(row: Row) -> Group:
             _post(_hash(number, place, answer), answer, "", False, number,
                   int(score) if whole else ranks[score], licence=licence)
         )  # fmt: skip
-    return str(row.get("site") or ""), posts
+    return site_of_row(row), posts
 
 
 def preferred(row: Row) -> Group:
@@ -169,7 +168,7 @@ def preferred(row: Row) -> Group:
     number = _hash(prompt, chosen, rejected)
     answers = [_post(_hash(number, 1), chosen, "", False, number, 1)]
     answers.append(_post(_hash(number, 0), rejected, "", False, number, _score_of_rejected(row)))
-    return "", [_post(number, prompt, "", False), *answers]
+    return site_of_row(row), [_post(number, prompt, "", False), *answers]
 
 
 def _stripped(turns: list[Turn]) -> list[Turn]:
@@ -200,7 +199,7 @@ def rated(row: Row) -> Group:
     prompt = question_of(before)
     number = _hash("prompt", prompt)
     reply = _post(_hash(number, answer, bool(label)), answer, "", False, number, int(label))
-    return "", [_post(number, prompt, "", False), reply]
+    return site_of_row(row), [_post(number, prompt, "", False), reply]
 
 
 SHAPES: tuple[tuple[frozenset[str], Shape], ...] = (
@@ -248,13 +247,6 @@ def _date(row: Row) -> str:
     if not DATE.match(date):
         raise Unreadable("unreadable_row", f"'date' is no date: {date!r}")
     return f"{date[:10].replace('/', '-')}T00:00:00"
-
-
-def _site(row: Row) -> str:
-    """The host of the first address in the metadata; "" where there is none."""
-    addresses: Sequence[str] | str = row.get("metadata") or ""
-    first = addresses if isinstance(addresses, str) else next(iter(addresses), "")
-    return urlsplit(first).hostname or ""
 
 
 def _owner(value: Any) -> int | None:

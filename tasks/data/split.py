@@ -80,8 +80,8 @@ class Homes:
         self._homes = bytearray()
         self._leaders = dict.fromkeys(clusters.leaders(), "")
 
-    def next(self, site: str, number: int) -> str:
-        """The split of the next question; to be asked in the order of (site, id)."""
+    def next(self, site: str, number: int) -> str | None:
+        """The split of the next question, None: in none; to be asked in the order of (site, id)."""
         place = len(self._homes)
         own = self._names.index(self._own(site, number))
         leader = self._clusters.leader(place)

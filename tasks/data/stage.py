@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +28,7 @@ from tasks.data.questions import Gather, gather
 from tasks.data.schema import KEYS, KNOWN_LATER, SCHEMA
 from tasks.data.shapes import read_shape
 from tasks.data.shelf import Shelf
+from tasks.data.sites import held_out_metrics, homes_of, refuse_sites
 from tasks.data.sources import DumpError, Source, find_sources, refuse_other_files, site_of
 from tasks.data.split import SPLITS, Homes
 from tasks.run.files import remove, staged
@@ -46,8 +47,8 @@ def run(params: Params, layout: Layout) -> StageResult:
         Counts of rows, questions, answers and pairs, drops by reason, overlaps between splits (all 0).
 
     Raises:
-        ValueError: a source is missing, damaged, no dump or without a usable question, or a split comes out
-            empty; what an earlier run wrote stays as it was.
+        ValueError: a source is missing, damaged, no dump or without a usable question, a held-out site is
+            none of theirs, or a split comes out empty; what an earlier run wrote stays as it was.
     """
     work = layout.scratch("data") / "work"
     remove(work)  # what a killed run left
@@ -77,7 +78,10 @@ def _prepare(
 ) -> dict[str, float]:
     with Shelf(work) as shelf:
         refuse_other_files(sources)
+        if not any(source.is_table for source in sources):  # a table's sites stand in its rows
+            refuse_sites(params.data.eval_sites, {source.site for source in sources})
         sites = {s.path: read_shape(s, shelf) if s.is_table else read_dump(s, shelf, crew) for s in sources}
+    refuse_sites(params.data.eval_sites, set().union(*sites.values()))
     losses = first_losses(shelf)
     for line in losses:
         print(f"data: {line}", flush=True)
@@ -89,17 +93,18 @@ def _prepare(
     _refuse_empty_sources(base, sites, shelf, params.data.min_answers)
     clusters = cluster(base, work / "questions.parquet", shelf.links)
     held_out = {key for key, row in known.items() if row["held_out"]} or None
-    homes = Homes(clusters, {name: getattr(params.data.split, name) for name in SPLITS}, held_out)
+    homes = homes_of(params.data, clusters, held_out, base, work / "questions.parquet")
     tally = Tally()
     with ExitStack() as outs:  # all are staged before the first takes its place
         files = {n: outs.enter_context(staged(layout.artifact("data", f"{n}.parquet"))) for n in SPLITS}
-        _write(_routed(parts, homes), files, tally, known, params.machine.threads)
-        _refuse_empty_splits(tally)
+        _write(_routed(parts, homes, drops), files, tally, known, params.machine.threads)
+        _refuse_empty_splits(tally, params.data.eval_sites)
         overlap = overlaps(base, files, crew)
         if any(overlap.values()):  # no assert: with PYTHONOPTIMIZE it would not be asked
             raise RuntimeError(f"questions that look alike stand in two splits: {overlap}")
         metrics = metrics_of(tally, SPLITS, shelf, drops, overlap) | {"moved": float(homes.moved)}
-        card = card_of(tally, SPLITS, metrics, params.data.min_answers, losses)
+        metrics |= held_out_metrics(params.data.eval_sites, tally)
+        card = card_of(tally, SPLITS, metrics, params.data, losses)
         outs.enter_context(staged(layout.artifact("data", "card.md"))).write_text(card, encoding="utf-8")
     return metrics
 
@@ -146,8 +151,8 @@ def convert(
     return parts, drops
 
 
-def _routed(parts: list[Path], homes: Homes) -> Iterator[dict[str, pa.Table]]:
-    """Some questions by split, in order."""
+def _routed(parts: list[Path], homes: Homes, drops: Counter[str]) -> Iterator[dict[str, pa.Table]]:
+    """Some questions by split, in order; `drops` counts those that go to none."""
     for path in parts:
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_file(source).read_all()
@@ -155,6 +160,9 @@ def _routed(parts: list[Path], homes: Homes) -> Iterator[dict[str, pa.Table]]:
         keys = zip(table["site"].to_pylist(), table["id"].to_pylist(), strict=True)
         found = [(homes.next(*key), homes.cluster) for key in keys]
         names = pa.array([home for home, _ in found], pa.string())
+        left_out = table.filter(names.is_null())
+        drops["like_held_out"] += len(left_out)
+        drops["answer_of_dropped_question"] += len(pa.compute.list_flatten(left_out["answers"]))
         table = _with(table, "cluster", pa.array([cluster for _, cluster in found], pa.string()))
         yield {name: table.filter(pa.compute.equal(names, name)) for name in SPLITS}
 
@@ -198,12 +206,13 @@ def _refuse_empty_sources(
             )
 
 
-def _refuse_empty_splits(tally: Tally) -> None:
+def _refuse_empty_splits(tally: Tally, held_out: Sequence[str]) -> None:
     questions = {name: tally.sum(split=name)["questions"] for name in SPLITS}
     counts = ", ".join(f"{name} {count}" for name, count in questions.items())
+    rest = f" with data.eval_sites ({', '.join(held_out)}) held out" if held_out else ""
     for name, count in questions.items():
         if not count:
-            raise ValueError(f"data.split.{name}: no question fell into it ({counts})")
+            raise ValueError(f"data.split.{name}: no question fell into it{rest} ({counts})")
 
 
 def _sample_site(params: Params, work: Path) -> tuple[list[Source], Known, dict[str, float]]:

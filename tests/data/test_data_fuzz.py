@@ -41,12 +41,14 @@ def splice(content: bytes, draw: random.Random) -> bytes:
 
 
 def strip(content: bytes, draw: random.Random) -> bytes:
-    """Some attributes taken away; compressed bytes have none."""
+    """Some attributes taken away, which compressed bytes have none of."""
     return re.sub(rb' \w+="[^"]*"', lambda found: b"" if draw.random() < 0.02 else found.group(), content)
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, splice, strip])
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [*((suffix, damage) for suffix in SUFFIXES for damage in (truncate, flip, splice)), (SUFFIXES[0], strip)],
+)
 def test_damaged_files(layout, tmp_path, xml, site, suffix, damage, monkeypatch):
     monkeypatch.setattr(
         "tasks.data.cut.BLOCK_BYTES", 5000

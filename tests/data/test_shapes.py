@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import os
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
@@ -128,6 +129,32 @@ def test_plain_shapes(layout, name, make, scores):
     assert all(sorted(a["score"] for a in row["answers"]) == scores for row in found.values())
     assert {row["licence"] for row in found.values()} == {"unstated"}
     assert {row["site"] for row in found.values()} == {"my"}
+
+
+def kto(number: int) -> dict:
+    messages = [
+        {"role": "user", "content": f"{number // 2}?"},
+        {"role": "assistant", "content": f"{number}."},
+    ]
+    return {"messages": messages, "label": number % 2 == 0}
+
+
+@pytest.mark.parametrize("make", [plain, chosen, kto, preference, lambda n: pair(n, f"{n} a", f"{n} b")])
+def test_the_column_site_says_whose_a_row_is(layout, make):
+    """In every shape; an address in the metadata comes first, and without either it is the file's own."""
+    stated = [{"site": site} for site in ("a.example", "b.example", "", None)]
+    rows = [
+        make(number) | more
+        for place, more in enumerate(stated)
+        for number in range(40 * place + 10, 40 * place + 50)
+    ]
+    for row in rows:
+        row.pop("metadata", None)
+    write(layout.root / "data/raw/my.jsonl", [*rows, preference(1000)])
+    run(params("my.jsonl"), layout)
+    found = Counter(row["site"] for row in questions(layout).values())
+    each = 20 if make is kto else 40
+    assert found == {"a.example": each, "b.example": each, "my": 2 * each, "unix.example": 1}
 
 
 def test_hub_is_streamed(layout, tmp_path, monkeypatch):

@@ -102,6 +102,17 @@ def test_paths_become_links(project, dumps, monkeypatch):
     assert str(dumps) not in Path("params.yaml").read_text()
 
 
+@pytest.mark.parametrize("value", ["art.example, zoo.example", "[art.example, 'zoo.example']"])
+def test_sites_to_hold_out(project, dumps, value):
+    usual = ["use", "stack_exchange", f"data.source={dumps}", "data.split_by=site"]
+    assert main([*usual, f"data.eval_sites={value}"]) == 0
+    assert (read().data.split_by, read().data.eval_sites) == ("site", ("art.example", "zoo.example"))
+    head = Path("params.yaml").read_text().split("`")[1]
+    assert "data.eval_sites=art.example,zoo.example" in head
+    assert main(["use", "stack_exchange", f"data.source={dumps}", "data.eval_sites="]) == 0
+    assert (read().data.split_by, read().data.eval_sites) == ("question", ())
+
+
 def test_a_folder_means_the_dumps_in_it(project, dumps):
     assert main(["use", "stack_exchange", f"data.source={dumps}"]) == 0
     names = ["art.example.7z", "so.example-Posts.7z", "unix.example.Posts.xml", "zoo.example.Posts.xml.xz"]
@@ -211,6 +222,9 @@ def test_what_dvc_has_is_told_when_it_is_of_earlier_files(project, dumps, capsys
         (["use", "sample", "data.source=data"], "data.source: folder data holds no dump"),
         (["use", "sample", "data.source=,"], "data.source is empty"),
         (["use", "stack_exchange"], "data.source is empty; name dump files: data.source=<path>"),
+        (["use", "sample", "data.eval_sites=a,,b"], "data.eval_sites: a blank names no site"),
+        (["use", "sample", "data.eval_sites=[a"], "data.eval_sites holds out [a, but"),
+        (["use", "sample", "data.eval_sites=[a: b]"], "data.eval_sites: '[a: b]' is no list of names"),
         (["use", "sample", "model.base=./gone"], "model.base: folder ./gone does not exist"),
         (["use", "sample", "model.base=data"], "model.base: data has no weights (*.safetensors)"),
         (["use", "sample", "model.base=bare"], "model.base: bare has no config.json"),
