@@ -173,7 +173,10 @@ def question(number: int, answers=None, site: str = "s.example", **keys) -> dict
         for i, (t, s) in enumerate(answers)
     ]  # fmt: skip
     row = {"site": site, "id": number, "title": text.split("\n")[0], "text": text, "tags": [], **common}
-    return row | {"kind": "sums", "expected": str(a + b), "answers": rows} | keys
+    known = {"kind": "sums", "expected": str(a + b), "wrong": [str(a + b + 1)]}
+    known |= {"cluster": f"{site}/{a} + {b}"}
+    known |= {"wording": ("known", "new")[number % 2], "misleads": number % 3 == 0}
+    return row | known | {"answers": rows} | keys
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The comparison that counts: policy and SFT, each in its best way to answer; beside them best-of-4 of SFT."""
+"""The comparison that counts: policy and SFT, each in its best way to answer; best-of-4 of SFT beside."""
 
 from __future__ import annotations
 

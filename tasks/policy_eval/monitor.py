@@ -21,9 +21,21 @@ SCORES = ("proxy", "judge")
 _log = logging.getLogger(__name__)
 
 
+def scales_of(layout: Layout) -> dict[str, tuple[float, float]]:
+    """`proxy` and `judge`: mean and standard deviation of each one's validation scores.
+
+    Raises:
+        ValueError: there is no scores.json.
+    """
+    return {
+        name: scale_of(layout.artifact("reward", out), f"policy_eval: {name}")
+        for name, out in zip(SCORES, (MODEL, JUDGE), strict=True)
+    }
+
+
 def monitored(
     params: Params,
-    layout: Layout,
+    scales: dict[str, tuple[float, float]],
     policies: Sequence,
     tokenizer,
     rows: Sequence[dict],
@@ -34,20 +46,13 @@ def monitored(
 
     Args:
         params: of the run.
-        layout: of the run.
+        scales: what :func:`scales_of` says.
         policies: SFT's and PPO's.
         tokenizer: theirs.
         rows: N prompts.
         sampled: their answers, K to each prompt.
         kl_nats: of PPO's answers, [N·K].
-
-    Raises:
-        ValueError: no scores.json.
     """
-    scales = {
-        name: scale_of(layout.artifact("reward", out), f"policy_eval: {name}")
-        for name, out in zip(SCORES, (MODEL, JUDGE), strict=True)
-    }
     ends = ends_of(policies[0], tokenizer)
     microbatch, looks = params.machine.microbatch_rows, []
     for policy, answers, kl in zip(policies, sampled, (np.zeros_like(kl_nats), kl_nats), strict=True):
@@ -88,7 +93,7 @@ def look_at(
         answers: N prompts, K responses each.
         judged: the judge's scores of them, [N·K].
         eos_id: the end; of several each is one.
-        scales: `proxy` and `judge`: mean and standard deviation of each one's validation scores.
+        scales: what :func:`scales_of` says.
         kl_nats: [N·K].
         entropy_nats: [N·K].
     """

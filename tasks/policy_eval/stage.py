@@ -19,7 +19,7 @@ from tasks.policy_eval.card import correctness, describe, paired, summary, win_r
 from tasks.policy_eval.champion import verdict
 from tasks.policy_eval.frontier import GREEDY, best_of_points, frontier, sampled, way_of
 from tasks.policy_eval.headline import By, chosen_ways, headline
-from tasks.policy_eval.monitor import monitored
+from tasks.policy_eval.monitor import monitored, scales_of
 from tasks.policy_eval.parts import Part, headline_part, parts_of
 from tasks.policy_eval.picture import draw
 from tasks.run.devices import derive_seed, use_device
@@ -59,7 +59,7 @@ class Evaluation:
     """Both models, what reads their responses, and the numbers of the run."""
 
     def __init__(self, params: Params, layout: Layout) -> None:
-        self.params, self.layout = params, layout
+        self.params, self.layout, self.scales = params, layout, scales_of(layout)
         device, folder = use_device(params.machine.device, params.machine.threads), layout.artifact
         self.tokenizer = load_tokenizer(folder("sft", "model"))
         models = (load_causal(folder(stage, "model")).to(device).eval() for stage in ("sft", "ppo"))
@@ -143,7 +143,8 @@ def run(params: Params, layout: Layout) -> StageResult:
     kl = pairs["sampled"][1].kl_nats
     card["kl_nats"] = float(kl.mean())
     models = tuple(work.models.values())
-    card["monitor"] = monitored(params, layout, models, work.tokenizer, rows, pairs["sampled"], kl.ravel())
+    both = models, work.tokenizer, rows, pairs["sampled"]
+    card["monitor"] = monitored(params, work.scales, *both, kl.ravel())
     part = headline_part(parts)
     card["headline"] = headline(points, work.chosen("judge" if is_judge else "score"), parts, part)
     card["frontier"] = frontier(points, parts)
