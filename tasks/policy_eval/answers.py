@@ -127,8 +127,7 @@ class Reader:
             ValueError: a score that is not finite.
         """
         distinct = list(dict.fromkeys(pairs))
-        found = self.scorers[name].score(*zip(*distinct, strict=True), self.rows).double().tolist()
-        known = dict(zip(distinct, found, strict=True))
+        known = dict(zip(distinct, self._scored(name, distinct), strict=True))
         scores = np.array([known[pair] for pair in pairs])
         check_scores(scores[:, None], rows, name)
         return scores
@@ -147,11 +146,14 @@ class Reader:
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
         if not new:
             return
-        found = {name: each.score(*zip(*new, strict=True), self.rows) for name, each in self.scorers.items()}
-        columns = {name: each.double().tolist() for name, each in found.items()}
+        columns = {name: self._scored(name, new) for name in self.scorers}
         columns[SFT] = self._logprobs(self.sft, new, self.temperature)
         for i, pair in enumerate(new):
             self.known[pair] = {name: column[i] for name, column in columns.items()}
+
+    def _scored(self, name: str, pairs: list[Pair]) -> list[float]:
+        scores = self.scorers[name].score(*zip(*pairs, strict=True), self.rows, reads_prompts_once=True)
+        return scores.double().tolist()
 
     @torch.no_grad()
     def _logprobs(self, model, pairs: list[Pair], temperature: float) -> list[float]:

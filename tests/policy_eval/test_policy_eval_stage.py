@@ -307,7 +307,12 @@ def test_each_distinct_response_is_read_once(upstream, monkeypatch):
     scorer = tiny.reward_model(tiny.scorer(seed=1, vocab_size=len(tiny.tokenizer())))
     reader, rows, asked = reader_of(model, scorer), held_out_prompts(upstream, 4), []
     score = RewardModel.score
-    monkeypatch.setattr(RewardModel, "score", lambda *given: asked.append(len(given[1])) or score(*given))
+
+    def spy(self, prompts, *given, **keys):
+        asked.append(len(prompts))
+        return score(self, prompts, *given, **keys)
+
+    monkeypatch.setattr(RewardModel, "score", spy)
     reader.answer(model, rows, 5, None, 0)
     assert asked == [4, 4], "model and judge, four prompts"
     reader.answer(model, rows, 2, None, 0)
