@@ -56,7 +56,8 @@ def test_a_prompt_that_neighbours_share_is_read_once(monkeypatch, kind, rows):
     model, laid = tiny.scorer(kind), []
     first, second = tiny.drawn((20, 4), 3)
     answers = tiny.drawn((3, 5, 1, 2, 6, 2), 4)
-    documents = [first + a for a in answers[:3]] + [second + answers[3], first, first + answers[4], answers[5]]
+    documents = [first + a for a in answers[:3]]
+    documents += [second + answers[3], first, first + answers[4], answers[5]]
     prompts = [20, 20, 20, 4, 20, 20, 0]
     monkeypatch.setattr(scoring, "plant", lambda *a, **k: laid.append(plant(*a, **k)) or laid[-1])
     found = score_documents(model, documents, rows, prompts)
