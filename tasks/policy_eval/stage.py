@@ -45,8 +45,16 @@ def prompts_of(path: Path, most: int) -> list[dict]:
 
 
 def may_judge(layout: Layout) -> bool:
-    """Whether reward_eval's card lets the judge be called one; a card that does not say so does."""
-    card = json.loads(layout.artifact("reward_eval", "card.json").read_text(encoding="utf-8"))
+    """Whether reward_eval's card lets the judge be called one; a card that does not say so does.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    path = layout.artifact("reward_eval", "card.json")
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"policy_eval: {path}: {error}; `dvc repro reward_eval` writes it anew") from None
     return bool((card.get("judge") or {}).get("is_judge", True))
 
 

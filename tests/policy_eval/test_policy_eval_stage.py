@@ -158,6 +158,8 @@ def test_findings_are_told_in_the_card_the_page_the_log_and_the_run(upstream, tm
     ((before, after, limits),) = asked
     assert not before.kl_nats.any() and after.kl_nats.any() and limits.kl_nats == 7.5
     assert card["monitor"]["findings"] == said and metrics["monitor_findings"] == 2
+    assert metrics["champion"] == 0.0
+    assert card["champion"]["reasons"][:2] == ["the monitor found judge_fall", "the monitor found tokens"]
     assert tags == [("stackrl.monitor", "the judge fell; length 1 → 9 tokens")]
     assert "policy_eval: the score rose by " in caplog.text and ", but the judge fell; length" in caplog.text
     page = layout.artifact("policy_eval", "samples.md").read_text()
@@ -268,6 +270,13 @@ def test_who_chooses_the_temperature(upstream, tmp_path, said, by):
     assert f"chosen by the {by} on 12 training" in text
     if by == "score":
         assert any("may not be called one" in reason for reason in card["champion"]["reasons"])
+
+
+def test_a_card_of_the_reward_model_that_is_no_json_is_named(upstream, tmp_path):
+    layout = project(upstream, tmp_path)
+    layout.artifact("reward_eval", "card.json").write_text("{")
+    with pytest.raises(ValueError, match=r"reward_eval/card\.json: .*`dvc repro reward_eval`"):
+        run(tiny.params(), layout)
 
 
 def test_temperatures_are_those_asked_for_and_ppos_own():
