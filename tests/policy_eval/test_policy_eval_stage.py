@@ -102,7 +102,7 @@ def test_identical_models_are_even(upstream, tmp_path):
     layout = project(upstream, tmp_path, ppo="sft")
     metrics, card = run(tiny.params(), layout).metrics, card_of(layout)
     assert metrics["win_rate"] == metrics["win_rate_low"] == metrics["win_rate_high"] == 0.5
-    assert metrics["kl_nats"] == pytest.approx(0, abs=1e-6)
+    assert metrics["kl_nats"] == pytest.approx(0, abs=1e-5)
     for way in ("greedy", "sampled"):
         assert card[way]["sft"] == card[way]["ppo"] and card[way]["score"]["interval"] == [0, 0]
 
