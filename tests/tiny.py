@@ -215,7 +215,10 @@ def params(**sections) -> Params:
             "learning_rate": 1e-3, "init_kl_coef": 0.05, "ppo_epochs": 1, "target": 0.5, "lam": 1.0,
             "max_grad_norm": 1.0, "missing_eos_penalty": 1.0, "monitor": {"responses": 16},
         },
-        "policy_eval": {"prompts": 12, "samples_per_prompt": 2, "bootstrap_samples": 100},
+        "policy_eval": {
+            "prompts": 12, "samples_per_prompt": 2, "bootstrap_samples": 100, "temperatures": [1.0, 0.5],
+            "best_of": 3, "best_of_samples": 5,
+        },
     }  # fmt: skip
     merged = {k: {**small.get(k, {}), **sections.get(k, {})} for k in {*small, *sections} - {"seed"}}
     return Params.model_validate({"seed": sections.get("seed", 0), **merged})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 from pyarrow import parquet
 
 from params.schema import Params
@@ -67,7 +68,7 @@ class Evaluation:
     """Both models, what reads their responses, and the numbers of the run."""
 
     def __init__(self, params: Params, layout: Layout) -> None:
-        self.params, self.layout, self.scales = params, layout, scales_of(layout)
+        self.params, self.scales = params, scales_of(layout)
         device, folder = use_device(params.machine.device, params.machine.threads), layout.artifact
         self.tokenizer = load_tokenizer(folder("sft", "model"))
         models = (load_causal(folder(stage, "model")).to(device).eval() for stage in ("sft", "ppo"))
@@ -112,10 +113,9 @@ class Evaluation:
         self.progress.update(self.progress.done + 1, len(rows) * lacking)
         return some
 
-    def chosen(self, by: By) -> dict:
+    def chosen(self, rows: Sequence[dict], by: By) -> dict:
         """Each model's best way on training prompts, one response to each."""
-        path = self.layout.artifact("pack", "prompts", "rl.parquet")
-        rows, tried = prompts_of(path, self.asked.prompts), {}
+        tried: dict[str, dict[str, np.ndarray]] = {}
         for name, model in self.models.items():
             tried[name] = {}
             for temperature in self.ways:
@@ -132,7 +132,10 @@ def run(params: Params, layout: Layout) -> StageResult:
     Raises:
         ValueError: no prompt, or a score that is not finite.
     """
-    rows = prompts_of(layout.artifact("pack", "prompts", "eval.parquet"), params.policy_eval.prompts)
+    rows, training = (
+        prompts_of(layout.artifact("pack", "prompts", f"{name}.parquet"), params.policy_eval.prompts)
+        for name in ("eval", "rl")
+    )
     is_judge = may_judge(layout)
     work = Evaluation(params, layout)
     parts = parts_of(rows, params.policy_eval.bootstrap_samples, work.seed("bootstrap"))
@@ -154,7 +157,8 @@ def run(params: Params, layout: Layout) -> StageResult:
     both = models, work.tokenizer, rows, pairs["sampled"]
     card["monitor"] = monitored(params, work.scales, *both, kl.ravel())
     part = headline_part(parts)
-    card["headline"] = headline(points, work.chosen("judge" if is_judge else "score"), parts, part)
+    chosen = work.chosen(training, "judge" if is_judge else "score")
+    card["headline"] = headline(points, chosen, parts, part)
     card["frontier"] = frontier(points, parts)
     findings = card["monitor"]["findings"]
     card["champion"] = verdict(findings, card["headline"]["gain"], is_judge).told()

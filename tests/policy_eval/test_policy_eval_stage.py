@@ -11,13 +11,14 @@ import tiny
 import torch
 from pyarrow import parquet
 
+from params.schema import Params
 from tasks import pack
 from tasks.lm.loading import load_causal
 from tasks.lm.reward_model import RewardModel
 from tasks.policy_eval import monitor, run
 from tasks.policy_eval import stage as policy_eval_stage
 from tasks.policy_eval.answers import Reader, joined
-from tasks.policy_eval.stage import prompts_of, temperatures_of
+from tasks.policy_eval.stage import may_judge, prompts_of, temperatures_of
 from tasks.run.devices import derive_seed
 from tasks.run.files import write_json
 
@@ -222,8 +223,7 @@ def test_no_prompt_is_named(upstream, tmp_path, name):
 def test_every_way_to_answer_stands_in_the_card(upstream, tmp_path):
     """Both models greedy and at every temperature, ppo's among them; best of n; both at their best."""
     layout = project(upstream, tmp_path)
-    params = tiny.params(policy_eval={"temperatures": [0.5], "best_of": 3, "best_of_samples": 5})
-    metrics, card = run(params, layout).metrics, card_of(layout)
+    metrics, card = run(tiny.params(), layout).metrics, card_of(layout)
     every = [row for row in card["frontier"] if row["part"] == "all"]
     assert [(row["model"], row["way"]) for row in every] == [
         *((model, way) for model in ("sft", "policy") for way in ("T 1", "T 0.5", "greedy")),
@@ -255,21 +255,17 @@ def test_every_way_to_answer_stands_in_the_card(upstream, tmp_path):
     assert (tmp_path / "reports/policy_eval/frontier.png").is_file()
 
 
-@pytest.mark.parametrize(
-    ("said", "by"),
-    [({}, "judge"), ({"judge": {"is_judge": True}}, "judge"), ({"judge": {"is_judge": False}}, "score")],
-)
-def test_who_chooses_the_temperature(upstream, tmp_path, said, by):
-    """The judge, unless reward_eval's card says that it is none; then nobody is a champion either."""
+def test_without_a_judge_the_score_chooses_and_nobody_is_a_champion(upstream, tmp_path):
     layout = project(upstream, tmp_path)
-    write_json(layout.artifact("reward_eval", "card.json"), said)
-    run(tiny.params(policy_eval={"temperatures": [1.0], "best_of": 1, "best_of_samples": 1}), layout)
+    for said in ({}, {"judge": {}}, {"judge": {"is_judge": True}}):
+        write_json(layout.artifact("reward_eval", "card.json"), said)
+        assert may_judge(layout), "a card that does not deny it"
+    write_json(layout.artifact("reward_eval", "card.json"), {"judge": {"is_judge": False}})
+    assert run(tiny.params(), layout).metrics["champion"] == 0.0
     card = card_of(layout)
-    assert card["headline"]["chosen"]["by"] == by
-    text = layout.artifact("policy_eval", "card.md").read_text()
-    assert f"chosen by the {by} on 12 training" in text
-    if by == "score":
-        assert any("may not be called one" in reason for reason in card["champion"]["reasons"])
+    assert card["headline"]["chosen"]["by"] == "score"
+    assert "chosen by the score on 12 training" in layout.artifact("policy_eval", "card.md").read_text()
+    assert any("may not be called one" in reason for reason in card["champion"]["reasons"])
 
 
 def test_a_card_of_the_reward_model_that_is_no_json_is_named(upstream, tmp_path):
@@ -282,7 +278,7 @@ def test_a_card_of_the_reward_model_that_is_no_json_is_named(upstream, tmp_path)
 def test_temperatures_are_those_asked_for_and_ppos_own():
     asked = tiny.params(policy_eval={"temperatures": [0.2, 1.5]})
     assert temperatures_of(asked) == [1.5, 1.0, 0.2, None]
-    assert temperatures_of(tiny.params()) == [1.0, 0.7, 0.4, 0.2, None]
+    assert temperatures_of(Params()) == [1.0, 0.7, 0.4, 0.2, None]
 
 
 def test_answers_belong_to_their_prompts(upstream):
