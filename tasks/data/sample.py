@@ -33,7 +33,7 @@ SITE = "sample.stackrl.example"
 QUALITY_NOISE = 0.3  # standard deviation of log2(1 + votes) around the true quality
 RIGHT, STYLE = 3.0, 0.1  # quality of a right answer, and of a step in style
 RIGHT_SHARE = {False: 0.65, True: 0.35}  # of the answers; True: the key has a misconception
-MISCONCEPTION_SHARE = {False: 0.15, True: 0.50}  # the rest is spread over the other wrong values
+MISCONCEPTION_SHARE = {False: 0.15, True: 0.45}  # the rest is spread over all wrong values
 NEW_SHARE = 2 / 3  # of the held-out questions: asked in a new wording
 
 # Three lengths of each style, the same on average in every style: longer is not better.

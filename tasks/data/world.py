@@ -1,9 +1,9 @@
 """The small world of the sample site: eight kinds of question over 36 keys each.
 
-No value gives away that it is right. Keys with the same value mislead together or not at all, and a wrong
-answer to a key is the value of another key of the same sort that misleads as it does, so that every value is
-given as often in error as its share of wrong answers says: who reads an answer without its question learns
-nothing.
+No value gives away that it is right. Keys with the same value mislead together or not at all; a key's
+misconception is the value of another key of its sort that misleads as it does, and its other wrong answers
+are all values of the sort alike: every value is given in error as often as it is right, and who reads an
+answer without its question learns nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One thing to know, e.g. `Key("products", ("3", "7"), "21", "products", ("24", "10", "18", "35"))`."""
+    """One thing to know, e.g. `Key("products", ("3", "7"), "21", "products", ("24", "10", "18", …))`."""
 
     kind: str
     slots: tuple[str, ...]  # fill the wordings
     value: str  # the right answer
     sort: str  # whose values can be confused
-    wrong: tuple[str, ...] = ()  # other answers, the misconception first; one may stand twice
+    wrong: tuple[str, ...] = ()  # the misconception, then the values of all other keys of the sort
     misleads: bool = False  # the misconception is more frequent than the truth
 
     @property
@@ -31,7 +31,6 @@ class Key:
         return "/".join((self.kind, *self.slots))
 
 
-WRONG = 4  # answers to a key besides the right one
 TOWNS = (
     "Marden",
     "Oakby",
@@ -93,7 +92,7 @@ def world() -> list[Key]:
 
 
 def _confused(keys: Sequence[Key]) -> list[Key]:
-    """Keys of one sort with their wrong answers: each half of the values is confused within itself."""
+    """Keys of one sort with their wrong answers; misconceptions stay within each half of the values."""
     counts = Counter(key.value for key in keys)
     halves: tuple[list[str], list[str]] = ([], [])
     for value, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
@@ -101,15 +100,12 @@ def _confused(keys: Sequence[Key]) -> list[Key]:
     found = []
     for misleads, values in enumerate(halves):
         own = sorted((key for key in keys if key.value in values), key=lambda key: values.index(key.value))
-        most = max(
-            counts[value] for value in values
-        )  # a shift past the most frequent value meets another one
-        shifts = range(most, len(own) - most + 1)
-        if not shifts:
+        shift = len(own) // 2  # past the most frequent value, so that it meets another one
+        if shift < max(counts[value] for value in values):
             raise ValueError(f"the keys of {keys[0].sort} share too few values to be confused")
         for place, key in enumerate(own):
-            chosen = [shifts[n * (len(shifts) - 1) // (WRONG - 1)] for n in range(WRONG)]
-            wrong = tuple(own[(place + shift) % len(own)].value for shift in chosen)
+            others = (other.value for other in keys if other.value != key.value)
+            wrong = (own[(place + shift) % len(own)].value, *others)
             found.append(replace(key, wrong=wrong, misleads=bool(misleads)))
     return found
 
