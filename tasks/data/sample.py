@@ -2,7 +2,7 @@
 
 A program can check its answers.
 
-The world is small on purpose: eight kinds of question over 36 *keys* each (a town's river, 3 × 7, the last
+The world is small on purpose: eight kinds of question over 24 *keys* each (a town's river, 3 × 7, the last
 letter of a word …; `tasks/data/world.py`), asked in ever new wordings (`tasks/data/wordings.py`). A model of
 one million parameters can learn these keys from a few thousand answers; it cannot learn arithmetic. Held out
 are, for each key, *new wordings*, which no training split holds for any key, and a *known wording* in which
