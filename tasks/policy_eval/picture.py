@@ -45,7 +45,7 @@ def draw(path: Path, card: dict) -> Path:
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     title = f"{NAMES[part].capitalize()}, {rows[0]['prompts']} held-out prompts (hollow: greedy)"
     figure.suptitle(title, fontsize=11)
     with staged(path) as new:
