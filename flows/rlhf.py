@@ -27,7 +27,7 @@ def rlhf(options: Options = AS_IT_STANDS) -> State:
         reward = step("reward", pack, sft)
         reward_eval = step("reward_eval", pack, reward)
         ppo = step("ppo", pack, sft, reward, reward_eval)
-        policy_eval = step("policy_eval", pack, sft, reward, ppo)
+        policy_eval = step("policy_eval", pack, sft, reward, reward_eval, ppo)
         step("register", sft, reward, reward_eval, ppo, policy_eval)
     return step.verdict
 

@@ -20,6 +20,7 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw", "adamw_8bit", "muon", "sgd"]
+COLDEST = 0.01  # temperature; below, samples are greedy and logits overflow
 EIGHT_BITS = "adamw_8bit: bitsandbytes, GPU"
 LAUNCH_FILES = Path(__file__).parent / "accelerate"
 
@@ -416,11 +417,50 @@ class PPOParams(Section):
 class PolicyEvalParams(Section):
     """Policy against SFT on held-out prompts."""
 
-    prompts: int = Field(1000, ge=1, description="most held-out prompts, chosen by hash")
-    samples_per_prompt: int = Field(
-        4, ge=1, description="sampled responses per prompt, beside one greedy response"
+    prompts: int = Field(
+        1000, ge=1, description="most held-out prompts, and of rl's to choose temperatures; by hash"
     )
-    bootstrap_samples: int = Field(1000, ge=100, description="resamples of prompts behind each interval")
+    samples_per_prompt: int = Field(
+        4, ge=1, description="sampled responses per prompt and temperature, beside one greedy response"
+    )
+    temperatures: tuple[float, ...] = Field(
+        (1.0, 0.7, 0.4, 0.2), description="of sampling; greedy and ppo.temperature are always there"
+    )
+    best_of: int = Field(16, ge=1, description="best-of-n of SFT is estimated for n = 1 … this")
+    best_of_samples: int = Field(
+        16, ge=1, description="SFT's responses per prompt that best-of-n is estimated from"
+    )
+    bootstrap_samples: int = Field(1000, ge=100, description="resamples of clusters behind each interval")
+
+    @field_validator("temperatures", mode="before")
+    @classmethod
+    def _temperatures(cls, given: Any) -> Any:
+        if isinstance(given, str):  # as `params use` hands it on: 1,.7 or [1, .7]
+            given = [text for each in given.strip().strip("[]").split(",") if (text := each.strip())]
+        for each in given if isinstance(given, list | tuple) else ():
+            if isinstance(each, bool):
+                raise ValueError(f"policy_eval.temperatures: {each} is no number")
+            if str(each).strip().lower() == "greedy":
+                raise ValueError("policy_eval.temperatures: greedy is always evaluated; leave it out")
+        return given
+
+    @model_validator(mode="after")
+    def _samples(self) -> PolicyEvalParams:
+        if not self.temperatures:
+            raise ValueError("policy_eval.temperatures is empty; one at least is wanted")
+        for each in self.temperatures:
+            if each == 0:
+                raise ValueError("policy_eval.temperatures: 0 is greedy, always evaluated; leave it out")
+            if each < COLDEST:
+                raise ValueError(f"policy_eval.temperatures: {each:g} is below {COLDEST:g}")
+            if self.temperatures.count(each) > 1:
+                raise ValueError(f"policy_eval.temperatures: {each:g} stands there twice")
+        if self.best_of > self.best_of_samples:
+            raise ValueError(
+                f"policy_eval.best_of ({self.best_of}) exceeds policy_eval.best_of_samples "
+                f"({self.best_of_samples}): the best of n is drawn from n samples at least"
+            )
+        return self
 
 
 class RegisterParams(Section):

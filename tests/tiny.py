@@ -173,7 +173,10 @@ def question(number: int, answers=None, site: str = "s.example", **keys) -> dict
         for i, (t, s) in enumerate(answers)
     ]  # fmt: skip
     row = {"site": site, "id": number, "title": text.split("\n")[0], "text": text, "tags": [], **common}
-    return row | {"kind": "sums", "expected": str(a + b), "answers": rows} | keys
+    known = {"kind": "sums", "expected": str(a + b), "wrong": [str(a + b + 1)]}
+    known |= {"cluster": f"{site}/{a} + {b}"}
+    known |= {"wording": ("known", "new")[number % 2], "misleads": number % 3 == 0}
+    return row | known | {"answers": rows} | keys
 
 
 @cache
@@ -212,7 +215,10 @@ def params(**sections) -> Params:
             "learning_rate": 1e-3, "init_kl_coef": 0.05, "ppo_epochs": 1, "target": 0.5, "lam": 1.0,
             "max_grad_norm": 1.0, "missing_eos_penalty": 1.0, "monitor": {"responses": 16},
         },
-        "policy_eval": {"prompts": 12, "samples_per_prompt": 2, "bootstrap_samples": 100},
+        "policy_eval": {
+            "prompts": 12, "samples_per_prompt": 2, "bootstrap_samples": 100, "temperatures": [1.0, 0.5],
+            "best_of": 3, "best_of_samples": 5,
+        },
     }  # fmt: skip
     merged = {k: {**small.get(k, {}), **sections.get(k, {})} for k in {*small, *sections} - {"seed"}}
     return Params.model_validate({"seed": sections.get("seed", 0), **merged})

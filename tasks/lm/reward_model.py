@@ -109,7 +109,15 @@ class RewardModel:
         return [ids[:most] for ids in whole]
 
     def score(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], rows: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        rows: int,
+        reads_prompts_once: bool = False,
     ) -> Tensor:
-        """Scores of responses, at most `rows` in one forward. B, B lists -> [B] on the CPU."""
-        return score_documents(self.model, self.documents(prompts, responses), rows)
+        """Scores of responses, at most `rows` in one forward. B, B lists -> [B] on the CPU.
+
+        `reads_prompts_once`: neighbours of one prompt share it, where the model reads the policy's tokens.
+        """
+        sizes = [len(p) for p in prompts] if reads_prompts_once and self.shares_tokens else None
+        return score_documents(self.model, self.documents(prompts, responses), rows, sizes)

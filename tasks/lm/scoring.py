@@ -130,10 +130,19 @@ def forest_scores(
 
 
 @torch.no_grad()
-def score_documents(model, documents: Sequence[Sequence[int]], rows: int) -> Tensor:
+def score_documents(
+    model, documents: Sequence[Sequence[int]], rows: int, prompts: Sequence[int] | None = None
+) -> Tensor:
     """Scores of whole documents (prompt + response), at most `rows` in one forward, without dropout.
 
     B lists -> [B] on the CPU.
+
+    Args:
+        model: a reward model.
+        documents: token ids.
+        rows: most documents in one forward.
+        prompts: tokens of each document that are its prompt: a decoder reads the prompt of neighbours that
+            share it once. None: every document is read by itself.
 
     Raises:
         ValueError: a document that the model has no places for; the message names its row.
@@ -143,10 +152,30 @@ def score_documents(model, documents: Sequence[Sequence[int]], rows: int) -> Ten
     scores = []
     with evaluating(model):
         for first in range(0, len(documents), rows):
-            roots = [Segment(d) for d in documents[first : first + rows]]
-            forest = plant(roots, is_causal=not is_encoder(model)).to(model.device)
-            scores.append(forest_scores(model, forest, range(len(roots))))
+            some = documents[first : first + rows]
+            sizes = [0] * len(some) if prompts is None or is_encoder(model) else prompts[first : first + rows]
+            segments, ends = _under_prompts(some, sizes)
+            forest = plant(segments, is_causal=not is_encoder(model)).to(model.device)
+            scores.append(forest_scores(model, forest, ends))
     return torch.cat(scores).cpu()
+
+
+def _under_prompts(
+    documents: Sequence[Sequence[int]], sizes: Sequence[int]
+) -> tuple[list[Segment], list[int]]:
+    """Documents as segments, and the one that each ends with: neighbours of one prompt are its children."""
+    segments, ends, root = [], [], None
+    for document, size in zip(documents, sizes, strict=True):
+        if not 0 < size < len(document):
+            segments.append(Segment(document))
+        else:
+            prompt = document[:size]
+            if root is None or list(segments[root].tokens) != list(prompt):
+                root = len(segments)
+                segments.append(Segment(prompt))
+            segments.append(Segment(document[size:], root))
+        ends.append(len(segments) - 1)
+    return segments, ends
 
 
 def take_scoring_road(model, learns: bool = False) -> None:

@@ -1,51 +1,17 @@
-"""From responses and scores to the card: paired differences with intervals, and a table of samples."""
+"""SFT and PPO with the same random numbers, in one way to answer; and the numbers for metrics.json."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.run.intervals import bootstrap
+from tasks.policy_eval.answers import Answers
+from tasks.policy_eval.frontier import MEASURES
+from tasks.policy_eval.parts import Part
 from tasks.run.monitor.text import distinct, has_ended, repetition
-from tasks.run.stated import states
 
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """One model's responses to N prompts, K each.
-
-    Miniature: tokens [[[8, 1], [9, 1]]], texts [["`4`", "`5`"]], scores [[0.7, −1.2]] for one prompt, two
-    samples.
-    """
-
-    tokens: list[list[list[int]]]  # [N][K] response tokens, eos included
-    texts: list[list[str]]  # [N][K]
-    scores: np.ndarray  # [N, K] reward-model units
-
-    def right(self, expected: Sequence[str | None]) -> np.ndarray:
-        """Checked correctness, [N, K] bool; False where nothing is expected."""
-        return np.array(
-            [
-                [e is not None and states(t, e) for t in row]
-                for row, e in zip(self.texts, expected, strict=True)
-            ]
-        )
-
-
-def check_scores(scores: np.ndarray, rows: Sequence[dict], name: str) -> None:
-    """Refuse scores [N·K] of K responses to each of N prompts that are not finite.
-
-    Raises:
-        ValueError: names the reward model's out and the question.
-    """
-    for place in np.flatnonzero(~np.isfinite(scores))[:1]:
-        row = rows[place * len(rows) // len(scores)]
-        raise ValueError(
-            f"policy_eval: artifacts/reward/{name} gives scores that are not finite, first to a response to "
-            f"{row['site']}/{row['question_id']}"
-        )
+DESCRIBED = ("response_tokens", "eos_rate", "distinct_2", "repetition_3")  # that metrics.json has
 
 
 def describe(answers: Answers, eos_id: int | Collection[int]) -> dict[str, float]:
@@ -61,69 +27,68 @@ def describe(answers: Answers, eos_id: int | Collection[int]) -> dict[str, float
     }
 
 
-def paired(before: np.ndarray, after: np.ndarray, samples: int, seed: int) -> dict[str, object]:
-    """Means of both, their difference and its 95 % interval; prompts are resampled. [N, K], [N, K]."""
-    gain = after.astype(float).mean(1) - before.astype(float).mean(1)
-    interval = bootstrap(range(len(gain)), lambda w: float(w @ gain / w.sum()), samples, seed)
+def paired(before: np.ndarray, after: np.ndarray, part: Part) -> dict[str, object]:
+    """Means of both, their difference and its 95 % interval by cluster. [N, K], [N, K]."""
+    before, after = before.astype(float).mean(1), after.astype(float).mean(1)
     return {
-        "sft": float(before.mean()),
-        "ppo": float(after.mean()),
-        "gain": float(gain.mean()),
-        "interval": interval,
+        "sft": float(before[part.chosen].mean()),
+        "ppo": float(after[part.chosen].mean()),
+        **part.gain(before, after),
     }
 
 
-def win_rate(before: np.ndarray, after: np.ndarray, samples: int, seed: int) -> dict[str, object]:
-    """Share of samples whose score PPO raised, ties half, with a 95 % interval. Scores [N, K], [N, K]."""
-    won = ((after > before) + 0.5 * (after == before)).mean(1)
-    return {
-        "win_rate": float(won.mean()),
-        "interval": bootstrap(range(len(won)), lambda w: float(w @ won / w.sum()), samples, seed),
-    }
+def win_rate(before: np.ndarray, after: np.ndarray, part: Part) -> dict[str, object]:
+    """Share of samples whose score PPO raised, ties half, with its interval. Scores [N, K], [N, K]."""
+    found = part.mean(((after > before) + 0.5 * (after == before)).mean(1))
+    return {"win_rate": found["mean"], "interval": found["interval"]}
 
 
-def correctness(
-    before: Answers, after: Answers, rows: Sequence[dict], samples: int, seed: int
-) -> dict[str, object] | None:
+def correctness(before: Answers, after: Answers, rows: Sequence[dict], part: Part) -> dict[str, dict] | None:
     """Checked correctness of all prompts and by kind; None where no prompt has an expected answer."""
-    known = [i for i, row in enumerate(rows) if row["expected"] is not None]
-    if not known:
+    known = np.array([row["expected"] is not None for row in rows])
+    if not known.any():
         return None
-    expected = [row["expected"] for row in rows]
-    right = before.right(expected)[known], after.right(expected)[known]
-    kinds = np.array([rows[i]["kind"] or "" for i in known])
-    found = {"all": paired(*right, samples, seed) | {"prompts": len(known)}}
-    for kind in sorted(set(kinds)):
-        chosen = kinds == kind
-        found[kind] = paired(*(r[chosen] for r in right), samples, seed) | {"prompts": int(chosen.sum())}
+    expected, kinds = [row["expected"] for row in rows], np.array([row["kind"] or "" for row in rows])
+    right = before.right(expected), after.right(expected)
+    found = {"all": known} | {kind: known & (kinds == kind) for kind in sorted(set(kinds[known]))}
+    own = {name: part.some(mask) for name, mask in found.items()}
+    return {name: paired(*right, each) | {"prompts": len(each.chosen)} for name, each in own.items()}
+
+
+def summary(card: dict) -> dict[str, float]:
+    """The numbers for metrics.json; what cannot be told is left out."""
+    sampled = card["sampled"]
+    low, high = sampled["interval"] or (None, None)
+    found = {"prompts": card["prompts"], "kl_nats": card["kl_nats"]}
+    found |= {"win_rate": sampled["win_rate"], "win_rate_low": low, "win_rate_high": high}
+    for way in ("greedy", "sampled"):
+        right = (card[way]["correct"] or {}).get("all")
+        for name, pair in (("score", card[way]["score"]), ("correct", right)):
+            if pair:
+                found |= {f"{way}_{name}_{model}": pair[model] for model in ("sft", "ppo")}
+                found |= _bounds(f"{way}_{name}_gain", pair["interval"])
+    for model in ("sft", "ppo"):
+        found |= {f"{model}_{k}": sampled[model][k] for k in DESCRIBED}
+    for name, each in card["monitor"]["gains"].items():
+        found[f"monitor_{name}_gain"] = each["gain"]
+    found["monitor_findings"] = len(card["monitor"]["findings"])
+    found |= _headline(card["headline"]) | {"champion": float(card["champion"]["is_champion"])}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _headline(card: dict) -> dict[str, float | None]:
+    """Both at their best, and best-of-n beside them."""
+    found: dict[str, float | None] = {"headline_prompts": card["prompts"]}
+    for name in ("sft", "policy", "best_of"):
+        found[f"headline_kl_{name}"] = card[name]["kl"]
+        found |= {f"headline_{m}_{name}": card[name][m]["mean"] for m in MEASURES if card[name][m]}
+    for measure, gain in card["gain"].items():
+        if gain:
+            found[f"headline_{measure}_gain"] = gain["gain"]
+            found |= _bounds(f"headline_{measure}_gain", gain["interval"])
     return found
 
 
-def render_table(samples: Sequence[dict]) -> str:
-    """Samples side by side as a markdown table."""
-    lines = ["| question | SFT | score | PPO | score | expected |", "|---|---|---|---|---|---|"]
-    for s in samples:
-        cells = (
-            s["question"],
-            s["sft"],
-            f"{s['sft_score']:.2f}",
-            s["ppo"],
-            f"{s['ppo_score']:.2f}",
-            s["expected"] or "",
-        )
-        lines.append("| " + " | ".join(_cell(c) for c in cells) + " |")
-    return "\n".join(lines)
-
-
-def render_correctness(name: str, found: dict[str, dict]) -> str:
-    """Correctness by kind as a markdown table."""
-    lines = [f"| correct, {name} | prompts | SFT | PPO | gain | 95 % interval |", "|---|---|---|---|---|---|"]
-    for kind, f in found.items():
-        low, high = f["interval"]
-        means = f"{f['sft']:.3f} | {f['ppo']:.3f} | {f['gain']:+.3f}"
-        lines.append(f"| {kind} | {f['prompts']} | {means} | {low:+.3f} – {high:+.3f} |")
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.strip().replace("|", "\\|").replace("\n", "<br>")[:400]
+def _bounds(name: str, interval: Sequence[float] | None) -> dict[str, float | None]:
+    low, high = interval or (None, None)
+    return {f"{name}_low": low, f"{name}_high": high}

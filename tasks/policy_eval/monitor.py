@@ -10,10 +10,10 @@ import torch
 
 from params.schema import MonitorParams, Params
 from tasks.lm.ends import ends_of
-from tasks.lm.reward_model import RewardModel, scale_of
+from tasks.lm.reward_model import scale_of
 from tasks.lm.roads import take_road
 from tasks.lm.sequences import lay_out, read_responses
-from tasks.policy_eval.card import Answers, check_scores
+from tasks.policy_eval.answers import JUDGE, MODEL, Answers
 from tasks.run.layout import Layout
 from tasks.run.monitor import Look, Thresholds, findings_of, gain
 
@@ -21,44 +21,45 @@ SCORES = ("proxy", "judge")
 _log = logging.getLogger(__name__)
 
 
+def scales_of(layout: Layout) -> dict[str, tuple[float, float]]:
+    """`proxy` and `judge`: mean and standard deviation of each one's validation scores.
+
+    Raises:
+        ValueError: there is no scores.json.
+    """
+    return {
+        name: scale_of(layout.artifact("reward", out), f"policy_eval: {name}")
+        for name, out in zip(SCORES, (MODEL, JUDGE), strict=True)
+    }
+
+
 def monitored(
     params: Params,
-    layout: Layout,
+    scales: dict[str, tuple[float, float]],
     policies: Sequence,
     tokenizer,
     rows: Sequence[dict],
     sampled: Sequence[Answers],
     kl_nats: np.ndarray,
 ) -> dict[str, dict]:
-    """Both policies' sampled answers before the judge and the rules: what :func:`watch` says.
+    """Both policies' sampled answers before the rules: what :func:`watch` says.
 
     Args:
         params: of the run.
-        layout: of the run.
+        scales: what :func:`scales_of` says.
         policies: SFT's and PPO's.
         tokenizer: theirs.
         rows: N prompts.
         sampled: their answers, K to each prompt.
         kl_nats: of PPO's answers, [N·K].
-
-    Raises:
-        ValueError: no judge, no scores.json, or a score that is not finite.
     """
-    folders = {
-        name: layout.artifact("reward", out) for name, out in zip(SCORES, ("model", "judge"), strict=True)
-    }
-    scales = {name: scale_of(folder, f"policy_eval: {name}") for name, folder in folders.items()}
     ends = ends_of(policies[0], tokenizer)
-    of = {"key": "artifacts/reward/judge", "policy_ends": ends}
-    judge = RewardModel.load(folders["judge"], tokenizer, policies[0].device, **of)
     microbatch, looks = params.machine.microbatch_rows, []
     for policy, answers, kl in zip(policies, sampled, (np.zeros_like(kl_nats), kl_nats), strict=True):
         flat = [(row["prompt"], r) for row, own in zip(rows, answers.tokens, strict=True) for r in own]
-        judged = judge.score(*zip(*flat, strict=True), microbatch).double().numpy()
-        check_scores(judged, rows, "judge")
         entropy = entropies(policy, flat, tokenizer.pad_token_id, params.ppo.temperature, microbatch)
         looks.append(
-            look_at(answers, judged, ends, scales=scales, kl_nats=kl, entropy_nats=entropy)
+            look_at(answers, answers.judged.ravel(), ends, scales=scales, kl_nats=kl, entropy_nats=entropy)
         )
     return watch(*looks, params.ppo.monitor)
 
@@ -92,7 +93,7 @@ def look_at(
         answers: N prompts, K responses each.
         judged: the judge's scores of them, [N·K].
         eos_id: the end; of several each is one.
-        scales: `proxy` and `judge`: mean and standard deviation of each one's validation scores.
+        scales: what :func:`scales_of` says.
         kl_nats: [N·K].
         entropy_nats: [N·K].
     """

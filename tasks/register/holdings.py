@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 IDENTITY, SERVED, FILES, TRIAL = "stackrl.md5", "stackrl.served", "stackrl.files", "dvc.exp"
+CHAMPION, REASONS = "champion", "champion_reasons"  # what policy_eval says of a policy
+KEYS = (IDENTITY, SERVED, FILES, CHAMPION, REASONS)
 VERSIONS = """
     select name, version, coalesce(storage_location, source), status from model_versions
     where current_stage != 'Deleted_Internal' and name in ({})
 """
-TAGS = "select name, version, key, value from model_version_tags where key in (?, ?, ?) and name in ({})"
+TAGS = "select name, version, key, value from model_version_tags where key in ({}) and name in ({})"
 ALIASES = "select name, alias, version from registered_model_aliases where name in ({})"
 
 
@@ -40,6 +42,7 @@ class Version:
         served: digest of the code and numbers that travel along.
         place: of its files, a path or a URI.
         files: relative path -> bytes, written last; None where it was not.
+        verdict: the tags of policy_eval's; empty where it has none.
     """
 
     number: int
@@ -48,6 +51,7 @@ class Version:
     served: str
     place: str
     files: Mapping[str, int] | None
+    verdict: Mapping[str, str]
 
     def is_whole(self, client: MlflowClient | None = None) -> bool:
         """Whether every file stands at its place with its size; any file, where no list of them was kept."""
@@ -83,11 +87,11 @@ def in_file(store: Path, names: Iterable[str]) -> dict[str, Holding]:
     Raises:
         sqlite3.Error: it cannot be read, or is of a schema that this does not know.
     """
-    names, keys = list(names), (IDENTITY, SERVED, FILES)
-    marks = ", ".join("?" * len(names))
+    names = list(names)
+    marks, of_keys = (", ".join("?" * len(each)) for each in (names, KEYS))
     with closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)) as file:
         rows = file.execute(VERSIONS.format(marks), names).fetchall()
-        tagged = file.execute(TAGS.format(marks), (*keys, *names)).fetchall()
+        tagged = file.execute(TAGS.format(of_keys, marks), (*KEYS, *names)).fetchall()
         aliases = file.execute(ALIASES.format(marks), names).fetchall()
     tags: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
     for name, number, key, value in tagged:
@@ -159,8 +163,9 @@ def local_folder(place: str) -> Path | None:
 def _version(number: int | str, status: str, tags: Mapping[str, str], place: str) -> Version:
     files = tags.get(FILES)
     known = json.loads(files) if files else None
+    verdict = {key: tags[key] for key in (CHAMPION, REASONS) if key in tags}
     return Version(
-        int(number), status == "READY", tags.get(IDENTITY, ""), tags.get(SERVED, ""), place, known
+        int(number), status == "READY", tags.get(IDENTITY, ""), tags.get(SERVED, ""), place, known, verdict
     )
 
 

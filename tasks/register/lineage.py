@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.register.holdings import CHAMPION, REASONS
 from tasks.run.layout import Layout
 from tasks.run.provenance import git_tags
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 SOURCES = ("data", "pack")  # stages whose outs a version is tagged with
 JUDGES = ("reward_eval", "policy_eval")  # stages whose metrics a version is tagged with
-EVEN = 0.5  # win rate of a policy that is no better than SFT
+NO_VERDICT = "policy_eval has given no verdict"
 
 
 def locked_md5s(layout: Layout) -> dict[str, str]:
@@ -55,9 +56,25 @@ def metrics(layout: Layout, stage: str) -> dict[str, float]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def beats_sft(layout: Layout) -> bool:
-    """Whether the lower end of the paired interval of the win rate lies above even."""
-    return metrics(layout, "policy_eval").get("win_rate_low", 0.0) > EVEN
+def is_champion(layout: Layout) -> bool:
+    """Whether policy_eval finds the policy worthy of being called champion."""
+    return metrics(layout, "policy_eval").get("champion", 0.0) == 1.0
+
+
+def verdict(layout: Layout) -> dict[str, str]:
+    """What policy_eval says of the policy, as tags of its version: yes or no, and the reasons in one line.
+
+    Raises:
+        ValueError: its card cannot be read.
+    """
+    path, said = layout.artifact("policy_eval", "card.json"), {}
+    if path.exists():
+        try:
+            said = json.loads(path.read_text(encoding="utf-8")).get("champion", {})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; `dvc repro policy_eval` writes it anew") from None
+    reasons = "; ".join(said.get("reasons", ())) or NO_VERDICT
+    return {CHAMPION: "yes" if is_champion(layout) else "no", REASONS: reasons}
 
 
 def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:

@@ -1,9 +1,9 @@
 """The three models into the MLflow registry, each version tagged with all it was made from.
 
 A model's identity is the md5 of its folder in dvc.lock: registered twice, it is one version. The alias
-`candidate` stands on this run's models; `champion` too, when there is none yet and the policy beats SFT.
-Afterwards it moves by hand only: ``python -m tasks.register promote stackrl-policy 3``. What an experiment of
-DVC registers takes no alias.
+`candidate` stands on this run's models; `champion` too, when there is none yet and policy_eval finds the
+policy worthy; its reasons are tags of the policy's version. Afterwards it moves by hand only:
+``python -m tasks.register promote stackrl-policy 3``. What an experiment of DVC registers takes no alias.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def standing(params: Params, layout: Layout) -> StageResult | None:
     held, client = _look(layout, [one.name for one in wanted])
     if held is None or not all(one.found(held, client) for one in wanted):
         return None
+    if wanted[-1].found(held, client).verdict != lineage.verdict(layout):
+        return None
     if trial() is None:
         due = _due(layout, wanted, held, client)
         if any(held[name].aliases.get(alias) != number for (name, alias), number in due.items()):
@@ -65,6 +67,7 @@ def run(params: Params, layout: Layout) -> StageResult:
         if missing := [one for one in wanted if not one.found(held, client)]:
             _log_models(params, layout, client, missing, held)
             held = holdings.by_client(client, [one.name for one in wanted])
+        _set_verdict(layout, client, wanted[-1], held)
         _set_aliases(layout, client, wanted, held)
     return _result(layout, wanted)
 
@@ -122,13 +125,28 @@ def _due(
     policy = wanted[-1]
     champion = held[policy.name].aliases.get("champion")
     is_same = champion is not None and held[policy.name].md5(champion) == policy.md5
-    is_champion = is_same or (champion is None and lineage.beats_sft(layout))
+    is_champion = is_same or (champion is None and lineage.is_champion(layout))
     due = {}
     for name, number in numbers.items():
         due[name, "candidate"] = number
         if is_champion and "champion" not in held[name].aliases:
             due[name, "champion"] = number
     return due
+
+
+def _set_verdict(
+    layout: Layout, client: MlflowClient, policy: Wanted, held: Mapping[str, Holding]
+) -> None:
+    """Let the policy's version say what policy_eval says of it now, whatever it said before."""
+    version, said = policy.found(held, client), lineage.verdict(layout)
+    for key, text in said.items():
+        if version.verdict.get(key) != text:
+            client.set_model_version_tag(policy.name, str(version.number), key, text)
+    if not lineage.is_champion(layout) and held[policy.name].aliases.get("champion") == version.number:
+        _log.warning(
+            "register: %s@champion stays version %d by hand alone: %s",
+            policy.name, version.number, said[holdings.REASONS],
+        )  # fmt: skip
 
 
 def _set_aliases(
@@ -159,5 +177,5 @@ def _set_aliases(
 
 def _result(layout: Layout, wanted: list[Wanted]) -> StageResult:
     write_json(layout.artifact("register", "registered.json"), {one.name: one.md5 for one in wanted})
-    beats = lineage.beats_sft(layout)
-    return StageResult({"models": float(len(wanted)), "beats_sft": float(beats)})
+    worthy = float(lineage.is_champion(layout))
+    return StageResult({"models": float(len(wanted)), "champion": worthy})

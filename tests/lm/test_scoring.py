@@ -7,7 +7,7 @@ import tiny
 import torch
 from transformers import AutoModelForTokenClassification
 
-from tasks.lm import blocks
+from tasks.lm import blocks, scoring
 from tasks.lm.forest import Segment, enable_forest, plant, run_forest, serve_forest
 from tasks.lm.scoring import STACKS, forest_scores, is_encoder, score_documents
 
@@ -46,6 +46,25 @@ def test_scores_are_those_of_plain_transformers(monkeypatch, kind, rows):
     assert tiny.far(found, wanted) <= 1e-5
     assert bool(calls) == (kind not in PADDED_DECODERS + PADDED_ENCODERS)
     assert is_encoder(model) == (kind in (*STACKS, *PADDED_ENCODERS))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gptj", "bert"])
+@pytest.mark.parametrize("rows", [2, 100])
+@torch.no_grad()
+def test_a_prompt_that_neighbours_share_is_read_once(monkeypatch, kind, rows):
+    """By decoders that serve the forest; the scores are the same, also where nothing follows the prompt."""
+    model, laid = tiny.scorer(kind), []
+    first, second = tiny.drawn((20, 4), 3)
+    answers = tiny.drawn((3, 5, 1, 2, 6, 2), 4)
+    documents = [first + a for a in answers[:3]]
+    documents += [second + answers[3], first, first + answers[4], answers[5]]
+    prompts = [20, 20, 20, 4, 20, 20, 0]
+    monkeypatch.setattr(scoring, "plant", lambda *a, **k: laid.append(plant(*a, **k)) or laid[-1])
+    found = score_documents(model, documents, rows, prompts)
+    assert tiny.far(found, plain_scores(model, documents)) <= 1e-5
+    tokens = sum(len(forest.tokens) for forest in laid[-4 if rows == 2 else -1 :])
+    saved = {2: 20, 100: 40}[rows] if kind != "bert" else 0
+    assert tokens == sum(map(len, documents)) - saved
 
 
 @pytest.mark.parametrize("kind", [*DECODERS, *STACKS, "gptj", "deberta-v2"])

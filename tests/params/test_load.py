@@ -107,6 +107,13 @@ def test_source(tmp_path):
     assert check(tmp_path, "data: {source: [a.7z, b.xml]}").data.source == ("a.7z", "b.xml")
 
 
+@pytest.mark.parametrize("text", ["[1.0, 0.5, 0.2]", "'1,.5, 0.2'", "'[1, .5, .2]'", "['1', '.5', .2]"])
+def test_temperatures_are_a_list_however_they_are_written(tmp_path, text):
+    """As YAML; and as one text, which `params use policy_eval.temperatures=1,.5` hands on."""
+    found = check(tmp_path, f"policy_eval: {{temperatures: {text}}}")
+    assert found.policy_eval.temperatures == (1.0, 0.5, 0.2)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -157,6 +164,18 @@ def test_source(tmp_path):
             "ppo: {lora_rank: 1, num_value_layers_unfrozen: 1}",
             "ppo.num_value_layers_unfrozen: blocks of a quantised base cannot be copied",
         ),
+        ("policy_eval: {temperatures: []}", "policy_eval.temperatures is empty"),
+        ("policy_eval: {temperatures: [1, 0]}", "policy_eval.temperatures: 0 is greedy, always evaluated"),
+        ("policy_eval: {temperatures: [Greedy]}", "policy_eval.temperatures: greedy is always evaluated"),
+        ("policy_eval: {temperatures: [-0.5]}", "policy_eval.temperatures: -0.5 is below 0.01"),
+        ("policy_eval: {temperatures: [1e-9]}", "policy_eval.temperatures: 1e-09 is below 0.01"),
+        ("policy_eval: {temperatures: [1, 0.5, '1.0']}", "policy_eval.temperatures: 1 stands there twice"),
+        ("policy_eval: {temperatures: [true]}", "policy_eval.temperatures: True is no number"),
+        ("policy_eval: {temperatures: [.nan]}", "policy_eval.temperatures: input should be a finite"),
+        ("policy_eval: {temperatures: [warm]}", "policy_eval.temperatures: input should be a valid number"),
+        ("policy_eval: {temperatures: 1}", "policy_eval.temperatures: input should be a valid tuple"),
+        ("policy_eval: {best_of: 17}", "policy_eval.best_of (17) exceeds policy_eval.best_of_samples (16)"),
+        ("policy_eval: {best_of: 0}", "policy_eval.best_of: input should be greater than or equal to 1"),
         ("pack: {row_tokens: 64, document_tokens: 65}", "pack.document_tokens (65) exceeds pack.row"),
         ("model: {config: {max_position_embeddings: 9}}", "model.config.max_position_embeddings (9)"),
         ("seed: 1\nppo: {}\nseed: 2", "key 'seed' is given twice in"),

@@ -11,14 +11,16 @@ import tiny
 import torch
 from pyarrow import parquet
 
+from params.schema import Params
 from tasks import pack
 from tasks.lm.loading import load_causal
 from tasks.lm.reward_model import RewardModel
 from tasks.policy_eval import monitor, run
 from tasks.policy_eval import stage as policy_eval_stage
-from tasks.policy_eval.card import Answers
-from tasks.policy_eval.stage import answer, held_out_prompts, kl_to_sft
+from tasks.policy_eval.answers import Reader, joined
+from tasks.policy_eval.stage import may_judge, prompts_of, temperatures_of
 from tasks.run.devices import derive_seed
+from tasks.run.files import write_json
 
 SCALES = {"model": {"mean": 0.5, "std": 2.0}, "judge": {"mean": -1.0, "std": 4.0}}
 
@@ -47,7 +49,27 @@ def project(upstream, root, ppo="ppo"):
     layout.artifact("pack").parent.mkdir()
     for name, source in (("pack", "pack"), ("sft", "sft"), ("reward", "reward"), ("ppo", ppo)):
         layout.artifact(name).symlink_to(upstream.artifact(source))
+    write_json(layout.artifact("reward_eval", "card.json"), {"judge": {"accuracy": 0.8}})
     return layout
+
+
+def held_out_prompts(layout, most):
+    return prompts_of(layout.artifact("pack", "prompts", "eval.parquet"), most)
+
+
+def reader_of(sft, model, judge=None, temperature=1.0, length=6):
+    scorers = {"model": model, "judge": judge or model}
+    return Reader(sft, tiny.tokenizer(), scorers, temperature, length, rows=3, decode_rows=8)
+
+
+def rewrite(layout, upstream, change, name="eval"):
+    """A file of prompts of its own: `change` maps rows to rows."""
+    if layout.artifact("pack").is_symlink():
+        layout.artifact("pack").unlink()
+        shutil.copytree(upstream.artifact("pack"), layout.artifact("pack"))
+    path = layout.artifact("pack", "prompts", f"{name}.parquet")
+    table = parquet.read_table(path)
+    parquet.write_table(table.from_pylist(change(table.to_pylist()), table.schema), path)
 
 
 def card_of(layout):
@@ -59,7 +81,7 @@ def test_the_stage(upstream, tmp_path):
     found = [run(tiny.params(), layout).metrics for layout in layouts]
     assert found[0] == found[1]
     first, second = (tiny.digests(layout.artifact("policy_eval")) for layout in layouts)
-    assert first == second and set(first) == {"card.json", "samples.md"}
+    assert first == second and set(first) == {"card.json", "card.md", "samples.md"}
     metrics, card = found[0], card_of(layouts[0])
     assert metrics["prompts"] == card["prompts"] == 12 and metrics["kl_nats"] == card["kl_nats"] > 0.1
     assert metrics["win_rate"] == card["sampled"]["win_rate"] and 0 < metrics["win_rate"] < 1
@@ -81,7 +103,7 @@ def test_identical_models_are_even(upstream, tmp_path):
     layout = project(upstream, tmp_path, ppo="sft")
     metrics, card = run(tiny.params(), layout).metrics, card_of(layout)
     assert metrics["win_rate"] == metrics["win_rate_low"] == metrics["win_rate_high"] == 0.5
-    assert metrics["kl_nats"] == pytest.approx(0, abs=1e-6)
+    assert metrics["kl_nats"] == pytest.approx(0, abs=1e-5)
     for way in ("greedy", "sampled"):
         assert card[way]["sft"] == card[way]["ppo"] and card[way]["score"]["interval"] == [0, 0]
 
@@ -106,7 +128,7 @@ def test_the_monitor_sees_what_the_card_says(upstream, tmp_path):
     model = load_causal(layout.artifact("ppo", "model"))
     draw = derive_seed(0, "policy_eval", "samples")
     reward_model = RewardModel.load(judge, tiny.tokenizer())
-    judged = answer(model, reward_model, tiny.tokenizer(), rows, tiny.params(), 2, draw)
+    judged = reader_of(model, reward_model).answer(model, rows, 2, 1.0, draw)
     assert ppo["judge"] == pytest.approx((judged.scores.mean() + 1) / 4)
     flat = [(row["prompt"], r) for row, own in zip(rows, judged.tokens, strict=True) for r in own]
     each = []
@@ -137,6 +159,8 @@ def test_findings_are_told_in_the_card_the_page_the_log_and_the_run(upstream, tm
     ((before, after, limits),) = asked
     assert not before.kl_nats.any() and after.kl_nats.any() and limits.kl_nats == 7.5
     assert card["monitor"]["findings"] == said and metrics["monitor_findings"] == 2
+    assert metrics["champion"] == 0.0
+    assert card["champion"]["reasons"][:2] == ["the monitor found judge_fall", "the monitor found tokens"]
     assert tags == [("stackrl.monitor", "the judge fell; length 1 → 9 tokens")]
     assert "policy_eval: the score rose by " in caplog.text and ", but the judge fell; length" in caplog.text
     page = layout.artifact("policy_eval", "samples.md").read_text()
@@ -169,24 +193,18 @@ def test_a_judge_that_is_broken_is_named(upstream, tmp_path):
 
 def test_real_sites_have_no_correctness(upstream, tmp_path):
     layout = project(upstream, tmp_path)
-    layout.artifact("pack").unlink()
-    layout.artifact("pack", "prompts").mkdir(parents=True)
-    table = parquet.read_table(upstream.artifact("pack", "prompts", "eval.parquet"))
-    rows = [row | {"expected": None, "kind": None} for row in table.to_pylist()]
-    parquet.write_table(
-        table.from_pylist(rows, table.schema), layout.artifact("pack", "prompts", "eval.parquet")
-    )
-    metrics = run(tiny.params(), layout).metrics
-    assert card_of(layout)["greedy"]["correct"] is None and not any("correct" in name for name in metrics)
+    unknown = dict.fromkeys(("expected", "kind", "wording", "misleads", "wrong"))
+    rewrite(layout, upstream, lambda rows: [row | unknown for row in rows])
+    metrics, card = run(tiny.params(), layout).metrics, card_of(layout)
+    assert card["greedy"]["correct"] is None and card["headline"]["part"] == "all"
+    assert not any(word in name for name in metrics for word in ("correct", "invented", "silent"))
+    assert "headline_judge_gain_low" in metrics and metrics["champion"] in (0, 1)
+    assert all("correct" not in reason for reason in card["champion"]["reasons"])
 
 
 def test_which_prompts_does_not_depend_on_their_order(upstream, tmp_path):
     layout = project(upstream, tmp_path)
-    layout.artifact("pack").unlink()
-    layout.artifact("pack", "prompts").mkdir(parents=True)
-    table = parquet.read_table(upstream.artifact("pack", "prompts", "eval.parquet"))
-    back = table.from_pylist(table.to_pylist()[::-1], table.schema)
-    parquet.write_table(back, layout.artifact("pack", "prompts", "eval.parquet"))
+    rewrite(layout, upstream, lambda rows: rows[::-1])
     there = held_out_prompts(upstream, 12)
     assert held_out_prompts(layout, 12) == there and len(there) == 12
     assert held_out_prompts(upstream, 5) == there[:5] and len(held_out_prompts(upstream, 10**6)) == 30
@@ -194,51 +212,136 @@ def test_which_prompts_does_not_depend_on_their_order(upstream, tmp_path):
     assert numbers != sorted(numbers)
 
 
-def test_no_prompt_is_named(upstream, tmp_path):
+@pytest.mark.parametrize("name", ["eval", "rl"])
+def test_no_prompt_is_named(upstream, tmp_path, name):
     layout = project(upstream, tmp_path)
-    layout.artifact("pack").unlink()
-    layout.artifact("pack", "prompts").mkdir(parents=True)
-    table = parquet.read_table(upstream.artifact("pack", "prompts", "eval.parquet"))
-    parquet.write_table(table.slice(0, 0), layout.artifact("pack", "prompts", "eval.parquet"))
-    with pytest.raises(ValueError, match=r"eval\.parquet holds no prompt"):
+    rewrite(layout, upstream, lambda rows: [], name)
+    with pytest.raises(ValueError, match=rf"artifacts/pack/prompts/{name}\.parquet holds no prompt"):
         run(tiny.params(), layout)
+
+
+def test_every_way_to_answer_stands_in_the_card(upstream, tmp_path):
+    """Both models greedy and at every temperature, ppo's among them; best of n; both at their best."""
+    layout = project(upstream, tmp_path)
+    metrics, card = run(tiny.params(), layout).metrics, card_of(layout)
+    every = [row for row in card["frontier"] if row["part"] == "all"]
+    assert [(row["model"], row["way"]) for row in every] == [
+        *((model, way) for model in ("sft", "policy") for way in ("T 1", "T 0.5", "greedy")),
+        *(("sft", f"best of {n}") for n in (1, 2, 3)),
+    ]
+    found = {(row["model"], row["way"]): row for row in every}
+    hot = found["sft", "T 1"]
+    assert hot["kl"] == 0
+    assert hot["score"]["mean"] == pytest.approx(found["sft", "best of 1"]["score"]["mean"])
+    assert found["policy", "T 1"]["kl"] == pytest.approx(card["kl_nats"])
+    assert found["sft", "T 0.5"]["kl"] > 0 and found["sft", "greedy"]["kl"] > 0
+    scores = [found["sft", f"best of {n}"]["score"]["mean"] for n in (1, 2, 3)]
+    assert scores == sorted(scores)
+    for model in ("sft", "ppo"):
+        row = found["policy" if model == "ppo" else model, "greedy"]
+        assert row["score"]["mean"] == pytest.approx(card["greedy"]["score"][model])
+        assert row["correct"]["mean"] == pytest.approx(card["greedy"]["correct"]["all"][model])
+    head = card["headline"]
+    assert head["part"] == "new" and 0 < head["prompts"] < 12 and head["best_of"]["n"] == 3
+    assert head["chosen"]["by"] == "judge" and head["chosen"]["prompts"] == 12
+    for model in ("sft", "policy"):
+        chosen = head["chosen"][model]
+        assert chosen["means"][chosen["way"]] == max(chosen["means"].values())
+        assert head[model]["way"] == chosen["way"]
+        assert metrics[f"headline_score_{model}"] == head[model]["score"]["mean"]
+        assert metrics[f"headline_kl_{model}"] == head[model]["kl"]
+    assert metrics["headline_judge_gain"] == head["gain"]["judge"]["gain"]
+    assert metrics["champion"] == float(card["champion"]["is_champion"])
+    assert (tmp_path / "reports/policy_eval/frontier.png").is_file()
+
+
+def test_without_a_judge_the_score_chooses_and_nobody_is_a_champion(upstream, tmp_path):
+    layout = project(upstream, tmp_path)
+    for said in ({}, {"judge": {}}, {"judge": {"is_judge": True}}):
+        write_json(layout.artifact("reward_eval", "card.json"), said)
+        assert may_judge(layout), "a card that does not deny it"
+    write_json(layout.artifact("reward_eval", "card.json"), {"judge": {"is_judge": False}})
+    assert run(tiny.params(), layout).metrics["champion"] == 0.0
+    card = card_of(layout)
+    assert card["headline"]["chosen"]["by"] == "score"
+    assert "chosen by the score on 12 training" in layout.artifact("policy_eval", "card.md").read_text()
+    assert any("may not be called one" in reason for reason in card["champion"]["reasons"])
+
+
+def test_a_card_of_the_reward_model_that_is_no_json_is_named(upstream, tmp_path):
+    layout = project(upstream, tmp_path)
+    layout.artifact("reward_eval", "card.json").write_text("{")
+    with pytest.raises(ValueError, match=r"reward_eval/card\.json: .*`dvc repro reward_eval`"):
+        run(tiny.params(), layout)
+
+
+def test_temperatures_are_those_asked_for_and_ppos_own():
+    asked = tiny.params(policy_eval={"temperatures": [0.2, 1.5]})
+    assert temperatures_of(asked) == [1.5, 1.0, 0.2, None]
+    assert temperatures_of(Params()) == [1.0, 0.7, 0.4, 0.2, None]
 
 
 def test_answers_belong_to_their_prompts(upstream):
     """K samples of one prompt stand side by side, texts and scores with them; greedy is one and the same."""
     model = load_causal(upstream.artifact("sft", "model"))
-    scorer = tiny.scorer(seed=1, vocab_size=len(tiny.tokenizer()))
-    judge = tiny.reward_model(scorer)
-    rows, params = held_out_prompts(upstream, 4), tiny.params()
-    found = answer(model, judge, tiny.tokenizer(), rows, params, 3, seed=5)
+    scorer, other = (tiny.scorer(seed=seed, vocab_size=len(tiny.tokenizer())) for seed in (1, 2))
+    reader = reader_of(model, *map(tiny.reward_model, (scorer, other)))
+    rows = held_out_prompts(upstream, 4)
+    found = reader.answer(model, rows, 3, 1.0, 5)
     assert found.scores.shape == (4, 3) and [len(t) for t in found.tokens] == [3] * 4
-    for row, tokens, texts, scores in zip(rows, found.tokens, found.texts, found.scores, strict=True):
-        for response, text, score in zip(tokens, texts, scores, strict=True):
+    for i, row in enumerate(rows):
+        for k, (response, text) in enumerate(zip(found.tokens[i], found.texts[i], strict=True)):
             assert text == tiny.tokenizer().decode(response, skip_special_tokens=True)
-            with torch.no_grad():
-                wanted = scorer(torch.tensor([[*row["prompt"], *response]])).logits.item()
-            assert score == pytest.approx(wanted, rel=1e-4, abs=1e-4)
-    again = answer(model, judge, tiny.tokenizer(), rows, params, 3, seed=5)
+            for each, read in ((scorer, found.scores), (other, found.judged)):
+                with torch.no_grad():
+                    wanted = each(torch.tensor([[*row["prompt"], *response]])).logits.item()
+                assert read[i, k] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    again = reader_of(model, tiny.reward_model(scorer)).answer(model, rows, 3, 1.0, 5)
     assert again.tokens == found.tokens
-    assert answer(model, judge, tiny.tokenizer(), rows, params, 3, seed=6).tokens != found.tokens
-    greedy = answer(model, judge, tiny.tokenizer(), rows, params, 2, seed=None)
+    assert reader.answer(model, rows, 3, 1.0, 6).tokens != found.tokens
+    greedy = reader.answer(model, rows, 2, None, 5)
     assert all(one == two for one, two in greedy.tokens)
+    both = joined(found, greedy)
+    assert both.first(3).tokens == found.tokens and both.texts[1] == found.texts[1] + greedy.texts[1]
+    assert (both.scores[:, 3:] == greedy.scores).all() and (both.first(3).kl_nats == found.kl_nats).all()
+
+
+def test_each_distinct_response_is_read_once(upstream, monkeypatch):
+    """Greedy and cold samples say the same again and again."""
+    model = load_causal(upstream.artifact("sft", "model"))
+    scorer = tiny.reward_model(tiny.scorer(seed=1, vocab_size=len(tiny.tokenizer())))
+    reader, rows, asked = reader_of(model, scorer), held_out_prompts(upstream, 4), []
+    score = RewardModel.score
+
+    def spy(self, prompts, *given, **keys):
+        asked.append(len(prompts))
+        return score(self, prompts, *given, **keys)
+
+    monkeypatch.setattr(RewardModel, "score", spy)
+    reader.answer(model, rows, 5, None, 0)
+    assert asked == [4, 4], "model and judge, four prompts"
+    reader.answer(model, rows, 2, None, 0)
+    assert len(asked) == 2
 
 
 @torch.no_grad()
-def test_kl_by_the_definition(upstream):
+@pytest.mark.parametrize("temperature", [0.7, 0.4, None])
+def test_kl_by_the_definition(upstream, temperature):
+    """Log-ratio of the policy as it samples to SFT at the base temperature; a greedy response is certain."""
     sft, ppo = (load_causal(upstream.artifact(stage, "model")) for stage in ("sft", "ppo"))
-    rows = [{"prompt": p} for p in tiny.drawn((4, 2), high=200)]
-    tokens = [[[5, 6, 1], [7]], [[8, 9], [3, 4, 5]]]
-    found = kl_to_sft(ppo, sft, rows, Answers(tokens, [], np.zeros((2, 2))), 0, 0.7, 3)
+    scorer = tiny.reward_model(tiny.scorer(vocab_size=len(tiny.tokenizer())))
+    rows = held_out_prompts(upstream, 3)
+    found = reader_of(sft, scorer, temperature=0.7).answer(ppo, rows, 2, temperature, 1)
     wanted = []
-    for row, own in zip(rows, tokens, strict=True):
+    for row, own in zip(rows, found.tokens, strict=True):
         for response in own:
             ids = torch.tensor([[*row["prompt"], *response]])
             before = slice(len(row["prompt"]) - 1, ids.shape[1] - 1)
-            p, s = ((m(ids).logits[0, before] / 0.7).log_softmax(-1) for m in (ppo, sft))
-            wanted.append((p - s)[range(len(response)), response].sum())
-    assert tiny.far(found, torch.stack(wanted)) < 1e-4
+            s = (sft(ids).logits[0, before] / 0.7).log_softmax(-1)[range(len(response)), response].sum()
+            p = (ppo(ids).logits[0, before] / (temperature or 1)).log_softmax(-1)
+            p = p[range(len(response)), response].sum() if temperature else 0
+            wanted.append(p - s)
+    assert tiny.far(found.kl_nats.ravel(), torch.stack(wanted)) < 1e-4
 
 
 def test_scores_that_are_not_finite_are_an_error(upstream):
@@ -246,4 +349,4 @@ def test_scores_that_are_not_finite_are_an_error(upstream):
     judge = tiny.reward_model(tiny.scorer(vocab_size=len(tiny.tokenizer())))
     torch.nn.init.constant_(judge.model.score.weight, torch.nan)
     with pytest.raises(ValueError, match=r"scores that are not finite, first to a response to \S+/\d+$"):
-        answer(model, judge, tiny.tokenizer(), held_out_prompts(upstream, 2), tiny.params(), 1, None)
+        reader_of(model, judge).answer(model, held_out_prompts(upstream, 2), 1, None, 0)

@@ -8,7 +8,7 @@ import sysconfig
 
 import pytest
 import yaml
-from made_models import win, write_lock, write_model
+from made_models import judged, write_lock, write_model
 
 from params.schema import Params
 from tasks.register import run
@@ -46,7 +46,7 @@ def finished(tmp_path_factory, template):
     root = tmp_path_factory.mktemp("finished") / "repository"
     subprocess.run(["cp", "-r", template, root], check=True)
     layout = Layout(root, root)
-    win(layout, 0.55)
+    judged(layout)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.delenv("DVC_EXP_NAME", raising=False)

@@ -44,8 +44,12 @@ def write_lock(root, ppo="90"):
     (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
 
 
-def win(layout, low):
-    write_json(layout.artifact("policy_eval", "metrics.json"), {"win_rate": 0.7, "win_rate_low": low})
+def judged(layout, *against):
+    """policy_eval's verdict: a champion, unless something speaks against it."""
+    metrics = {"win_rate_low": 0.6, "champion": float(not against)}
+    write_json(layout.artifact("policy_eval", "metrics.json"), metrics)
+    said = {"is_champion": not against, "reasons": list(against or ["the monitor found nothing", "right"])}
+    write_json(layout.artifact("policy_eval", "card.json"), {"champion": said})
 
 
 def registry(layout):

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from made_models import DATA, NAMES, registry, win, write_lock
+from made_models import DATA, NAMES, judged, registry, write_lock
 
 from params.schema import Params
 from tasks.register import IDENTITY, folder_md5, holdings, main, models, promote, run, standing
@@ -18,13 +18,18 @@ from tasks.run import tracking
 from tasks.run.layout import Layout
 
 
+def verdict_of(layout, name="stackrl-policy", version="1"):
+    tags = tracking.connect(layout).get_model_version(name, version).tags
+    return {key: text for key, text in tags.items() if key.startswith("champion")}
+
+
 def test_registering_twice_leaves_one_version_of_each(layout):
-    win(layout, 0.55)
+    judged(layout)
     assert standing(Params(), layout) is None
     result = run(Params(), layout)
     first = layout.artifact("register", "registered.json").read_text()
     assert json.loads(first) == {n: m * 16 + ".dir" for n, m in zip(NAMES, ("5f", "4e", "90"), strict=True)}
-    assert result.metrics == {"models": 3.0, "beats_sft": 1.0}
+    assert result.metrics == {"models": 3.0, "champion": 1.0}
     again = standing(Params(), layout)
     assert again.metrics == result.metrics and again.note.endswith("up to date") and not result.note
     run(Params(), layout)
@@ -36,7 +41,7 @@ def test_registering_twice_leaves_one_version_of_each(layout):
 
 
 def test_new_weights_are_a_second_version_and_the_champion_stays(layout):
-    win(layout, 0.55)
+    judged(layout)
     run(Params(), layout)
     write_lock(layout.root, ppo="91")
     run(Params(), layout)
@@ -51,12 +56,14 @@ def test_new_weights_are_a_second_version_and_the_champion_stays(layout):
     assert aliases["stackrl-policy"] == {"candidate": 1, "champion": 1}
 
 
-@pytest.mark.parametrize("low", [None, 0.5, 0.2])
-def test_a_policy_that_does_not_beat_sft_is_no_champion_until_promoted(layout, low, capsys):
-    if low is not None:
-        win(layout, low)
-    assert run(Params(), layout).metrics["beats_sft"] == 0.0
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_policy_that_is_not_worthy_is_no_champion_until_promoted(layout, is_known, capsys):
+    if is_known:
+        judged(layout, "the monitor found kl_nats", "no judge")
+    assert run(Params(), layout).metrics["champion"] == 0.0
     assert registry(layout)[1] == {name: {"candidate": 1} for name in NAMES}
+    reasons = "the monitor found kl_nats; no judge" if is_known else "policy_eval has given no verdict"
+    assert verdict_of(layout) == {"champion": "no", "champion_reasons": reasons}
     assert main(["promote", "stackrl-policy", "1"]) == 0
     assert registry(layout)[1]["stackrl-policy"] == {"candidate": 1, "champion": 1}
     assert main(["promote", "stackrl-policy", "9"]) == 1
@@ -66,7 +73,7 @@ def test_a_policy_that_does_not_beat_sft_is_no_champion_until_promoted(layout, l
 
 
 def test_a_version_says_what_it_was_made_from(layout):
-    win(layout, 0.25)
+    judged(layout)
     author = ["-c", "user.name=n", "-c", "user.email=e"]
     for words in (["init", "-q"], [*author, "commit", "-qm", "x", "--allow-empty"]):
         subprocess.run(["git", *words], check=True)
@@ -80,7 +87,7 @@ def test_a_version_says_what_it_was_made_from(layout):
     assert (
         tags["params.ppo.init_kl_coef"] == str(Params().ppo.init_kl_coef) and tags["params.model.base"] == ""
     )
-    assert tags["reward_eval.accuracy"] == "0.85" and tags["policy_eval.win_rate_low"] == "0.25"
+    assert tags["reward_eval.accuracy"] == "0.85" and tags["policy_eval.win_rate_low"] == "0.6"
     assert "Question: " in version.description
     names = {item.path for item in client.list_artifacts(version.run_id)}
     assert {"params.yaml", "dvc.yaml", "dvc.lock"} <= names
@@ -88,6 +95,28 @@ def test_a_version_says_what_it_was_made_from(layout):
     assert made_by.info.status == "FINISHED" and made_by.data.tags["stackrl.stage"] == "register"
     inputs = {one.dataset.name: one.dataset.digest for one in made_by.inputs.dataset_inputs}
     assert inputs == {Path(path).name: md5 for path, md5 in DATA.items()}
+
+
+def test_another_verdict_on_the_same_weights_is_told_and_moves_no_alias(registered, caplog):
+    """The tags follow policy_eval; a champion stays one until somebody moves it, with a warning."""
+    assert verdict_of(registered) == {
+        "champion": "yes", "champion_reasons": "the monitor found nothing; right",
+    }  # fmt: skip
+    assert verdict_of(registered, "stackrl-sft") == {}, "the verdict is the policy's"
+    judged(registered, "the monitor found tokens")
+    assert standing(Params(), registered) is None
+    assert run(Params(), registered).metrics["champion"] == 0.0
+    assert verdict_of(registered) == {"champion": "no", "champion_reasons": "the monitor found tokens"}
+    assert registry(registered)[1] == {name: {"candidate": 1, "champion": 1} for name in NAMES}
+    assert "stackrl-policy@champion stays version 1 by hand alone: the monitor found tokens" in caplog.text
+    assert [list(each) for each in registry(registered)[0].values()] == [[1]] * 3
+    assert standing(Params(), registered)
+
+
+def test_a_card_that_is_no_json_is_one_line(registered):
+    registered.artifact("policy_eval", "card.json").write_text("{")
+    with pytest.raises(ValueError, match=r"policy_eval/card\.json: .*`dvc repro policy_eval`"):
+        standing(Params(), registered)
 
 
 def weights(layout):
@@ -170,7 +199,7 @@ def test_looking_needs_neither_mlflow_nor_models(registered):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == (
-        "stackrl: register: models 3, beats_sft 1; all registered before, up to date\n"
+        "stackrl: register: models 3, champion 1; all registered before, up to date\n"
     ), done.stderr
     lose_files(registered)
     with pytest.raises(ValueError, match=r"artifacts/sft/model holds no model; `dvc pull` .*`dvc repro sft`"):
@@ -178,7 +207,7 @@ def test_looking_needs_neither_mlflow_nor_models(registered):
 
 
 def test_an_experiment_registers_and_takes_no_alias(layout, monkeypatch):
-    win(layout, 0.55)
+    judged(layout)
     monkeypatch.setenv("DVC_EXP_NAME", "leafy-moss")
     run(Params(), layout)
     assert registry(layout)[1] == {name: {} for name in NAMES} and standing(Params(), layout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tasks.run.intervals import bootstrap
+from tasks.run.intervals import FEWEST, Resamples, bootstrap
 
 
 def mean_of(values):
@@ -65,3 +65,32 @@ def test_an_interval_covers_the_truth_19_times_in_20():
         low, high = bootstrap(units, mean_of(values), 200, world)
         covered += low <= 0 <= high
     assert 86 <= covered <= 99
+
+
+def test_many_means_over_one_set_of_draws_are_the_bootstraps_own():
+    draw = np.random.default_rng(1)
+    units, values = draw.integers(0, 40, 200), draw.random((3, 200))
+    resamples = Resamples.of(units, 150, 7)
+    for each in values:
+        wanted = bootstrap(units, lambda w, each=each: float(w @ each / w.sum()), 150, 7)
+        assert resamples.interval(each) == pytest.approx(wanted)
+
+
+def test_units_of_known_variance():
+    """400 clusters of four rows that say the same: the error of the mean is σ / √400, not σ / √1600."""
+    draw = np.random.default_rng(0)
+    values = np.repeat(draw.normal(0, 2.0, 400), 4)
+    clusters = np.repeat(np.arange(400), 4)
+
+    def width(units):
+        low, high = Resamples.of(units, 2000, 3).interval(values)
+        return (high - low) / (2 * 1.96)
+
+    error = values[::4].std() / np.sqrt(400)
+    assert width(clusters) == pytest.approx(error, rel=0.06)
+    assert width(np.arange(1600)) == pytest.approx(error / 2, rel=0.06), "what resampling rows would claim"
+
+
+def test_too_few_units_show_no_interval():
+    assert Resamples.of(["a", "a", "b", "c", "d"] * 10, 100, 0).interval(np.ones(50)) is None
+    assert Resamples.of(list("abcde") * 10, 100, 0).interval(np.ones(50)) == (1, 1) and FEWEST == 5
