@@ -222,7 +222,6 @@ class RewardParams(Section):
         "trained",
         description="frozen_style: a linear head on a frozen encoder, beside a rule on style; no optimizer",
     )
-    frozen_style: FrozenStyleParams = FrozenStyleParams()
 
     base: str = Field(
         "",
@@ -259,6 +258,8 @@ class RewardParams(Section):
     max_grad_norm: Positive = 1.0
     dtype: Dtype = Field("float32", description="autocast dtype of the forward; master weights stay float32")
 
+
+    frozen_style: FrozenStyleParams = FrozenStyleParams()
 
     @model_validator(mode="after")
     def _frozen(self) -> RewardParams:
