@@ -206,7 +206,7 @@ class FrozenStyleParams(Section):
 
     layers: int = Field(4, ge=1, description="of the encoder, from its first; those above are left out")
     question_tokens: int = Field(36, ge=0, description="first tokens of a question that it reads")
-    answer_tokens: int = Field(89, ge=1, description="first tokens of an answer, over which states are averaged")
+    answer_tokens: int = Field(89, ge=1, description="first tokens of an answer; their states are averaged")
     head_ridge: Positive = Field(
         10000, description="price of half a squared coefficient of the head, in nats, states at unit scale"
     )
@@ -267,12 +267,12 @@ class RewardParams(Section):
             return self
         if not self.base:
             raise ValueError("reward.way is frozen_style, which needs an encoder: name one in reward.base")
-        for name in ("lora_rank", "num_layers_unfrozen", "max_steps", "length_offset"):
+        why = dict.fromkeys(("lora_rank", "num_layers_unfrozen", "max_steps"), "trains no layer")
+        why |= {"length_offset": "knows length", "center_rewards_coefficient": "has no mean to drift"}
+        for name, reason in why.items():
             if getattr(self, name):
-                raise ValueError(
-                    f"reward.{name} is {getattr(self, name)}, but reward.way is frozen_style, which trains no "
-                    "layer and knows length"
-                )
+                value = getattr(self, name)
+                raise ValueError(f"reward.{name} is {value}, but reward.way is frozen_style, which {reason}")
         return self
 
 

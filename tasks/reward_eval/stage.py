@@ -42,8 +42,12 @@ def score_answers(model: RewardModel, groups: Sequence[dict], rows: int, name: s
         ValueError: a score that is not finite (names the question).
     """
     owners = [group for group in groups for _ in group["answers"]]
-    responses = [answer["tokens"] for group in groups for answer in group["answers"]]
-    scores = model.score([group["prompt"] for group in owners], responses, rows).double().numpy()
+    answers = [answer for group in groups for answer in group["answers"]]
+    if model.texts is not None:  # whole texts, as it learned from
+        scores = model.score_texts([g["question"] for g in owners], [a["text"] for a in answers], rows)
+    else:
+        scores = model.score([g["prompt"] for g in owners], [a["tokens"] for a in answers], rows)
+    scores = scores.double().numpy()
     for place in np.flatnonzero(~np.isfinite(scores))[:1]:
         raise ValueError(
             f"reward_eval: artifacts/reward/{name} gives a score that is not finite to an answer to "
