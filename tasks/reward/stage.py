@@ -140,7 +140,7 @@ def learn(
     named = {"revision": reward.revision, "key": "reward.base"} if reward.base else {}
     reward_model = RewardModel.load(reward.base or source, policy_tokenizer, **named, **quantized)
     if reward_model.texts is not None:
-        raise ValueError(f"reward.base: {reward.base} is a model of reward.way frozen_style; no layer of it trains")
+        raise ValueError(f"reward.base: {reward.base} was made by reward.way frozen_style; no layer trains")
     train, held = read_groups(layout, reward_model, learner.groups)
     if not train:
         raise ValueError(f"reward: artifacts/pack/groups/{learner.groups}.parquet holds no training question")
