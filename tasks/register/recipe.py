@@ -69,7 +69,7 @@ class Recipe:
         call = f'mlflow.pyfunc.load_model("models:/{name}@candidate").predict'
         if self.is_frozen_style:
             return (
-                "Scores an answer to a question as in training, higher is better: style and a frozen encoder.  \n"
+                "Scores an answer to a question as in training, higher is better; style and an encoder.  \n"
                 f'`{call}({{"question": ["…"], "answer": ["…"]}})`; by mlflow.pyfunc alone.'
             )
         if self.is_reward:
