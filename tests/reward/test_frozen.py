@@ -84,7 +84,8 @@ def made_group(n: int) -> dict:
     scores = 4 + n % 3, 1, 2 + n % 2
     answers = [{"id": k, "text": texts[k], "score": scores[k], **known} for k in range(3)]
     asked = {"site": "s", "question_id": n, "question": f"What is {n}?", "prompt": [1]}
-    return {**asked, "answers": answers, "pairs": [[0, 1], [2, 1]][: 1 + n % 2], "weights": [1.0] * (1 + n % 2)}
+    pairs = [[0, 1], [2, 1]][: 1 + n % 2]
+    return {**asked, "answers": answers, "pairs": pairs, "weights": [1.0] * len(pairs)}
 
 
 @pytest.mark.parametrize(("how", "reward"), [({}, {}), (HOW, REWARD)])
@@ -140,7 +141,7 @@ def given(packed, **keys):
 
 
 def test_the_stage_and_its_card(packed, tmp_path):
-    """Plain transformers reads the encoder, reward_eval the model; metrics, files and bytes are the stage's."""
+    """Plain transformers reads the encoder, reward_eval the model; metrics, files, bytes are the stage's."""
     layouts = [copied(packed, tmp_path / name) for name in "ab"]
     found = [run(given(packed), layout).metrics for layout in layouts]
     first, second = (tiny.digests(layout.artifact("reward")) for layout in layouts)
