@@ -138,7 +138,7 @@ class RewardModel:
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> tuple[list[str], list[str]]:
         """Questions and answers of the policy's tokens, without the template. B, B lists -> B, B texts."""
-        texts = decode_responses(self.policy_tokenizer, list(prompts), list(responses))
+        texts = decode_responses(self.policy_tokenizer, list(map(list, prompts)), list(map(list, responses)))
         pairs = [parted(prompt, response) for prompt, response in zip(*texts, strict=True)]
         return [question for question, _ in pairs], [answer for _, answer in pairs]
 
