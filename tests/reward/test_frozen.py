@@ -17,10 +17,11 @@ from trainings import Killed
 from transformers import AutoModel
 
 from params.load import ParamsError, validate
-from tasks import pack, reward_eval
+from tasks import pack, ppo, reward_eval
 from tasks.lm.frozen_style import FrozenStyle, features_of
 from tasks.lm.loading import load_tokenizer
 from tasks.lm.reward_model import RewardModel
+from tasks.ppo.preflight import preflight
 from tasks.reward import frozen, run
 from tasks.reward.convex import newton, scaled
 from tasks.reward.frozen import fit, pair_weights, read_answers
@@ -164,6 +165,15 @@ def test_the_stage_and_its_card(packed, tmp_path):
     assert lines[0] == "step,loss,accuracy" and len(lines) == 1 + found[0]["steps"]
     card = reward_eval.run(given(packed), layouts[0]).metrics
     assert 0 <= card["accuracy"] <= 1 and layouts[0].artifact("reward_eval", "card.md").is_file()
+    loop, words = ppo.stage.prepare(given(packed), layouts[0])
+    responses = loop.trainer.sample(loop.train[:4], range(4)).lists()
+    texts = loop.train[:4], responses
+    for scores, out in ((loop.reward_fn, "model"), (loop.looks.judge, "judge")):
+        place = layouts[0].artifact("reward", out)
+        reader, scale = RewardModel.load(place, words), json.loads((place / "scores.json").read_text())
+        wanted = (reader.score_texts(*reader.parts(*texts), 9) - scale["mean"]) / scale["std"]
+        assert tiny.far(scores(*texts), wanted) <= 1e-4
+    preflight(loop.trainer, loop.train, loop.reward_fn)
 
 
 def test_a_kill_while_reading_goes_on_there(packed, tmp_path, monkeypatch):
