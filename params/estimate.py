@@ -54,12 +54,11 @@ class Estimate:
 
 
 def estimates(params: Params, processes: int, is_sharded: bool, device: Device) -> dict[str, Estimate]:
-    """Of sft, reward and ppo, as `params` has them."""
+    """Of sft, reward and ppo, as `params` has them; a reward model that is not trained is left out."""
     shape, shards = shape_of(params.model), processes if is_sharded else 1
-    stages = {
-        "sft": _sft(params, shape, processes, shards, device),
-        "reward": _reward(params, shape, processes, shards, device),
-    }
+    stages = {"sft": _sft(params, shape, processes, shards, device)}
+    if params.reward.way == "trained":
+        stages["reward"] = _reward(params, shape, processes, shards, device)
     return stages if is_sharded else {**stages, "ppo": _ppo(params, shape, processes, device)}
 
 
@@ -161,6 +160,8 @@ def describe(params: Params, settings: Mapping[str, str]) -> str:
     ]
     for stage, found in estimates(params, processes, is_sharded, device).items():
         lines += _lines(stage, found, device)
+    if params.reward.way != "trained":
+        lines.append(f"reward  {params.reward.way}: no training, a forward of reward.base over all answers")
     if is_sharded:
         lines.append("ppo     needs machine.launch ddp, one_gpu or none")
     return "\n".join(lines)

@@ -181,6 +181,10 @@ class PackParams(Section):
     long_documents: Literal["cut", "drop", "split"] = Field(
         "cut", description="cut: no eos; drop: no such answer; split: sft learns all pieces, others cut"
     )
+    long_questions: Literal["drop", "cut"] = Field(
+        "drop",
+        description="drop: that fill document_tokens alone; cut: so that at most half of it is question",
+    )
     prompt_tokens: int = Field(
         64, ge=8, description="longest prompt of PPO and its evaluation; for longer ones see long_prompts"
     )
@@ -220,8 +224,27 @@ class SFTParams(Section):
     dtype: Dtype = Field("float32", description="autocast dtype of the forward; master weights stay float32")
 
 
+class FrozenStyleParams(Section):
+    """Read where `reward.way` is frozen_style: what the encoder in `reward.base` reads, and two ridges."""
+
+    layers: int = Field(4, ge=1, description="of the encoder, from its first; those above are left out")
+    question_tokens: int = Field(36, ge=0, description="first tokens of a question that it reads")
+    answer_tokens: int = Field(89, ge=1, description="first tokens of an answer; their states are averaged")
+    head_ridge: Positive = Field(
+        10000, description="price of half a squared coefficient of the head, in nats, states at unit scale"
+    )
+    style_ridge: Positive = Field(
+        300, description="the same of the rule on style, which sees how the whole answer is written"
+    )
+
+
 class RewardParams(Section):
     """Reward model on grouped answers, and the judge beside it."""
+
+    way: Literal["trained", "frozen_style"] = Field(
+        "trained",
+        description="frozen_style: a linear head on a frozen encoder, beside a rule on style; no optimizer",
+    )
 
     base: str = Field(
         "",
@@ -260,6 +283,23 @@ class RewardParams(Section):
     warmup_share: Share = Field(0.05, description="share of the steps that warm the learning rate up")
     max_grad_norm: Positive = 1.0
     dtype: Dtype = Field("float32", description="autocast dtype of the forward; master weights stay float32")
+
+
+    frozen_style: FrozenStyleParams = FrozenStyleParams()
+
+    @model_validator(mode="after")
+    def _frozen(self) -> RewardParams:
+        if self.way == "trained":
+            return self
+        if not self.base:
+            raise ValueError("reward.way is frozen_style, which needs an encoder: name one in reward.base")
+        why = dict.fromkeys(("lora_rank", "num_layers_unfrozen", "max_steps"), "trains no layer")
+        why |= {"length_offset": "knows length", "center_rewards_coefficient": "has no mean to drift"}
+        for name, reason in why.items():
+            if getattr(self, name):
+                value = getattr(self, name)
+                raise ValueError(f"reward.{name} is {value}, but reward.way is frozen_style, which {reason}")
+        return self
 
 
 class RewardEvalParams(Section):
@@ -492,7 +532,8 @@ class Params(Section):
             if not self.model.base:
                 raise ValueError("model.quantize needs model.base: a model made from nothing has no base")
             for name in ("sft", "reward", "ppo"):
-                if not getattr(self, name).lora_rank:
+                is_frozen = name == "reward" and self.reward.way == "frozen_style"
+                if not (getattr(self, name).lora_rank or is_frozen):
                     raise ValueError(
                         f"{name}.lora_rank is 0, but model.quantize is {self.model.quantize}: on a quantised "
                         "base only an adapter learns"

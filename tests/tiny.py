@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -89,6 +90,12 @@ def scorer(kind: str = "llama", seed: int = 0, **keys):
     """A random reward model in evaluation mode."""
     torch.manual_seed(seed)
     return _loud(AutoModelForSequenceClassification.from_config(config_of(kind, **{"num_labels": 1, **keys})))
+
+
+def encoder(kind: str = "bert", seed: int = 0, **keys):
+    """A random encoder without a head, in evaluation mode."""
+    torch.manual_seed(seed)
+    return _loud(AutoModel.from_config(config_of(kind, **keys)))
 
 
 def seq2seq(kind: str = "t5", seed: int = 0, **keys):

@@ -104,6 +104,28 @@ def load_reward(base: str | Path, revision: str = "main", key: str = "model.base
     return _load(AutoModelForSequenceClassification, base, key, revision=revision, **keys)
 
 
+def load_encoder(
+    base: str | Path, revision: str = "main", key: str = "model.base", layers: int | None = None, **keys
+):
+    """An encoder without a head, float32, of its first `layers` layers; None: of all.
+
+    Raises:
+        ValueError: as :func:`load_causal`; it has fewer layers, or a decoder beside it.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(str(base), revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: cannot load {base}: {_one_line(error)}") from error
+    if config.is_encoder_decoder:
+        raise ValueError(f"{key}: {base} is an encoder-decoder; an encoder is wanted")
+    if layers is not None and layers > config.num_hidden_layers:
+        raise ValueError(f"{key}: {base} has {config.num_hidden_layers} layers, {layers} are asked for")
+    cut = {} if layers is None else {"num_hidden_layers": layers}
+    return _load(AutoModel, base, key, revision=revision, **cut, **keys)
+
+
 def create_causal(config: dict, tokenizer):
     """A causal language model made from nothing; `config` holds transformers' keys and `model_type`.
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from tasks.lm.reading import encode
 
+CLEAN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+
 
 def prompt_text(question: str) -> str:
     """The prompt of a question."""
@@ -20,6 +22,30 @@ def prompt_text(question: str) -> str:
 def document_text(question: str, answer: str) -> str:
     """A question with one of its answers."""
     return f"{prompt_text(question)} {answer}"
+
+
+def parted(prompt: str, response: str) -> tuple[str, str]:
+    r"""Question and answer of the texts of a prompt and its response: the template undone.
+
+    Example: "Question: How?\n\nAnswer:", " So." -> "How?", "So.". Of a prompt that was cut at its begin the
+    rest is the question.
+    """
+    question = prompt.removesuffix("Answer:").removesuffix("\n\n").removeprefix("Question: ")
+    return question, response.removeprefix(" ")
+
+
+def decode_responses(
+    tokenizer, prompts: Sequence[list[int]], responses: Sequence[list[int]]
+) -> tuple[list[str], list[str]]:
+    """Token ids -> texts without special tokens. B, B rows -> B, B.
+
+    A response is what the whole text adds to its prompt's: a SentencePiece tokenizer drops the space at the
+    start of a text that is decoded alone.
+    """
+    both = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+    asked, said, whole = (tokenizer.batch_decode(rows, **CLEAN) for rows in (prompts, responses, both))
+    each = zip(asked, said, whole, strict=True)
+    return asked, [text[len(p) :] if text.startswith(p) else r for p, r, text in each]
 
 
 def encode_prompts(tokenizer, questions: Sequence[str]) -> list[list[int]]:

@@ -182,6 +182,9 @@ def _encoded(
     """What was asked, answer by answer; none where no answer token would be left."""
     asked = [q["text"] for q in questions]
     prompts = encode_prompts(tokenizer, asked)
+    if pack.long_questions == "cut":
+        shorter = [_cut_question(tokenizer, *one, pack) for one in zip(asked, prompts, strict=True)]
+        asked, prompts = [text for text, _ in shorter], [prompt for _, prompt in shorter]
     pairs = [(text, a["text"]) for text, of_one in zip(asked, answers, strict=True) for a in of_one]
     documents = iter(encode_documents(tokenizer, pairs))
     found = []
@@ -190,6 +193,15 @@ def _encoded(
         responses = [response_of(prompt, next(documents), where) for _ in of_one]
         found.append(_fitted(prompt, list(zip(of_one, responses, strict=True)), pack, split))
     return found
+
+
+def _cut_question(tokenizer, text: str, prompt: list[int], pack: PackParams) -> tuple[str, list[int]]:
+    """As much of a question's beginning as makes a prompt of at most half a document, and that prompt."""
+    most = pack.document_tokens // 2
+    while len(prompt) > most and text:
+        text = text[: len(text) * most // len(prompt)]  # shorter each time; mostly once is enough
+        (prompt,) = encode_prompts(tokenizer, [text])
+    return text, prompt
 
 
 def _fitted(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tasks.lm.ends import closed
 from tasks.lm.modes import evaluating
-from tasks.lm.prompt import without_eos
+from tasks.lm.prompt import decode_responses, parted, without_eos
 from tasks.lm.reading import encode, harmless
 from tasks.lm.reward_model import RewardModel, scale_of
 from tasks.lm.scoring import check_scorer, room_of
@@ -105,7 +105,23 @@ def from_model(
     elif not isinstance(model, RewardModel):
         check_scorer(model)
         model = RewardModel(model, tokenizer, tokenizer, shares_tokens=True, policy_ends=tuple(ends))
+    if model.texts is not None:
+        return _of_both(model, rows, *scale)
     return _of_tokens(lambda prompts, responses: model.score(prompts, responses, rows), tokenizer, *scale)
+
+
+def _of_both(model: RewardModel, rows: int, mean: float, std: float) -> RewardFunction:
+    """Of a model that reads texts: token ids become question and answer, texts are freed of the template."""
+
+    def model_score(prompts: Sequence, responses: Sequence) -> Tensor:
+        if not _are_texts(prompts):
+            return (model.score(_ids(prompts), _ids(responses), rows) - mean) / std
+        pairs = [parted(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        questions, answers = ([pair[i] for pair in pairs] for i in range(2))
+        return (model.score_texts(questions, answers, rows) - mean) / std
+
+    model_score.reads_tokens = True
+    return model_score
 
 
 def from_adapter(
@@ -224,17 +240,8 @@ def scores_of(reward_fn: RewardFunction, prompts: Sequence, responses: Sequence)
 
 
 def texts_of(tokenizer: Any, prompts: Sequence, responses: Sequence) -> tuple[list[str], list[str]]:
-    """Token ids -> texts without special tokens. B, B rows -> B, B.
-
-    A response is what the whole text adds to its prompt's: a SentencePiece tokenizer drops the space at the
-    start of a text that is decoded alone.
-    """
-    keys = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    prompts, responses = _ids(prompts), _ids(responses)
-    both = [p + r for p, r in zip(prompts, responses, strict=True)]
-    asked, said, whole = (tokenizer.batch_decode(rows, **keys) for rows in (prompts, responses, both))
-    each = zip(asked, said, whole, strict=True)
-    return asked, [text[len(p) :] if text.startswith(p) else r for p, r, text in each]
+    """:func:`tasks.lm.prompt.decode_responses`, of rows that may be tensors. B, B rows -> B, B."""
+    return decode_responses(tokenizer, _ids(prompts), _ids(responses))
 
 
 def _ids(rows: Sequence) -> list[list[int]]:

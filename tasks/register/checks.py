@@ -40,9 +40,30 @@ def check_scores(model, tokenizer, settings: Mapping[str, Any], saved: Path, key
         "transformers": [one["score"] for one in mlflow.transformers.load_model(str(saved))(texts)],
     }
     for loader, scores in found.items():
-        for score, wanted in zip(scores, expected, strict=True):
-            if not abs(score - wanted) <= TOLERANCE * max(1.0, abs(wanted)):
-                raise ValueError(f"{key}: mlflow.{loader} gives a score of {score:.6g}, the run {wanted:.6g}")
+        _compare(loader, scores, expected, key)
+
+
+def check_text_scores(folder: Path, saved: Path, key: str) -> None:
+    """The same for a model that reads texts, as its folder says; it has one flavour.
+
+    Raises:
+        ValueError: as :func:`check_scores`.
+    """
+    import mlflow
+
+    from tasks.lm.loading import load_tokenizer
+    from tasks.lm.reward_model import load_frozen_style
+
+    model = load_frozen_style(folder, load_tokenizer(folder, key=key, needs_eos=False), key=key)
+    questions, answers = ([example[i] for example in EXAMPLES] for i in range(2))
+    found = mlflow.pyfunc.load_model(str(saved)).predict({"question": questions, "answer": answers})
+    _compare("pyfunc", found, model.scores(questions, answers).tolist(), key)
+
+
+def _compare(loader: str, scores: Sequence[float], expected: Sequence[float], key: str) -> None:
+    for score, wanted in zip(scores, expected, strict=True):
+        if not abs(score - wanted) <= TOLERANCE * max(1.0, abs(wanted)):
+            raise ValueError(f"{key}: mlflow.{loader} gives a score of {score:.6g}, the run {wanted:.6g}")
 
 
 def check_answers(model, tokenizer, settings: Mapping[str, Any], saved: Path, key: str) -> None:

@@ -18,8 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.register import holdings
-from tasks.register.checks import EXAMPLES, check_answers, check_scores, closing_text
-from tasks.register.recipe import Recipe
+from tasks.register.checks import (
+    EXAMPLES,
+    check_answers,
+    check_scores,
+    check_text_scores,
+    closing_text,
+)
+from tasks.register.recipe import EXPERTS, Recipe
 from tasks.register.wanted import Wanted
 from tasks.run import tracking
 from tasks.run.layout import Layout
@@ -49,7 +55,7 @@ def register(layout: Layout, client: MlflowClient, wanted: Wanted, tags: Mapping
             recipe=recipe, folder=wanted.folder, validate_serving_input=False,
         )  # fmt: skip
     version = str(logged.registered_model_version)
-    closing = logged.flavors["python_function"]["config"].get("closing", "")
+    closing = (logged.flavors["python_function"].get("config") or {}).get("closing", "")
     client.update_model_version(name, version, recipe.description(name, closing))
     place = client.get_model_version_download_uri(name, version)
     client.set_model_version_tag(name, version, holdings.FILES, json.dumps(holdings.sizes(place, client)))
@@ -63,6 +69,9 @@ def save_model(path: str | Path, mlflow_model: Any, recipe: Recipe, folder: Path
     """
     import mlflow
 
+    if recipe.is_frozen_style:
+        _save_experts(Path(path), mlflow_model, recipe, folder)
+        return
     parts, settings = _parts(recipe, folder)
     mlflow.transformers.save_model(
         parts,
@@ -71,13 +80,41 @@ def save_model(path: str | Path, mlflow_model: Any, recipe: Recipe, folder: Path
         mlflow_model=mlflow_model,
         signature=signature(recipe),
         input_example=example(recipe),
-        pip_requirements=[f"{package}=={metadata.version(package).split('+')[0]}" for package in REQUIRED],
+        pip_requirements=requirements(),
     )
     path = Path(path)
     (path / "LICENSE.txt").unlink(missing_ok=True)  # it says that the folder's page on the Hub has none
     _give_code(path, mlflow_model, recipe, settings)
     check = check_scores if recipe.is_reward else check_answers
     check(parts["model"], parts["tokenizer"], settings, path, _key(folder))
+
+
+def _save_experts(path: Path, mlflow_model: Any, recipe: Recipe, folder: Path) -> None:
+    """The pyfunc flavour alone: no pipeline of transformers knows head.json.
+
+    Raises:
+        ValueError: as :func:`register`.
+    """
+    from mlflow import pyfunc
+
+    pyfunc.save_model(
+        path,
+        python_model=str(recipe.code),
+        artifacts={"model": str(folder), "experts": str(EXPERTS)},
+        mlflow_model=mlflow_model,
+        signature=signature(recipe),
+        input_example=example(recipe),
+        pip_requirements=requirements(),
+    )
+    for artifact in mlflow_model.flavors["python_function"]["artifacts"].values():
+        artifact["uri"] = artifact["path"]  # where it came from is a place of this machine
+    mlflow_model.save(str(path / "MLmodel"))
+    check_text_scores(folder, path, _key(folder))
+
+
+def requirements() -> list[str]:
+    """Of an environment without our package, each with its version here."""
+    return [f"{package}=={metadata.version(package).split('+')[0]}" for package in REQUIRED]
 
 
 def example(recipe: Recipe) -> Any:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 MODELS = {"sft": "sft", "reward": "reward", "policy": "ppo"}  # name in the registry -> stage
 SAMPLING = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
 SERVING = Path(__file__).parent / "serving"
+EXPERTS = Path(__file__).parents[1] / "lm" / "frozen_style.py"  # stands alone, as what is in SERVING
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +25,19 @@ class Recipe:
         kind: sft, reward or policy.
         numbers: defaults of an answer by transformers' names, the run's own; none of a reward model.
         cut_prompts_to: tokens of a prompt that stay, from its end; None: longer ones are refused.
+        is_frozen_style: a reward model of `reward.way: frozen_style`, whose experts' code travels too.
     """
 
     kind: str
     numbers: Mapping[str, Any]
     cut_prompts_to: int | None
+    is_frozen_style: bool = False
 
     @classmethod
     def of(cls, kind: str, params: Params) -> Recipe:
         """As the run samples: PPO's length and temperature, from all tokens."""
         if kind == "reward":
-            return cls(kind, {}, None)
+            return cls(kind, {}, None, params.reward.way == "frozen_style")
         values = (params.ppo.response_tokens, True, params.ppo.temperature, 0, 1.0)
         most = params.pack.prompt_tokens if params.pack.long_prompts == "left_truncate" else None
         return cls(kind, dict(zip(SAMPLING, values, strict=True)), most)
@@ -53,7 +56,8 @@ class Recipe:
     def digest(self) -> str:
         """Of code and numbers: the same weights with another digest answer differently."""
         facts = repr((sorted(self.numbers.items()), self.cut_prompts_to)).encode()
-        return sha256(self.code.read_bytes() + facts).hexdigest()[:16]
+        experts = EXPERTS.read_bytes() if self.is_frozen_style else b""
+        return sha256(self.code.read_bytes() + facts + experts).hexdigest()[:16]
 
     def description(self, name: str, closing: str = "") -> str:
         """Two lines for the registry: what it is, and how it is called.
@@ -63,6 +67,11 @@ class Recipe:
             closing: text of the token that ends a scored document.
         """
         call = f'mlflow.pyfunc.load_model("models:/{name}@candidate").predict'
+        if self.is_frozen_style:
+            return (
+                "Scores an answer to a question as in training, higher is better; style and an encoder.  \n"
+                f'`{call}({{"question": ["…"], "answer": ["…"]}})`; by mlflow.pyfunc alone.'
+            )
         if self.is_reward:
             return (
                 "Scores an answer to a question as in training, higher is better.  \n"

@@ -6,7 +6,6 @@ reward model does not see. PPO never raises its score on purpose, so that score 
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,10 @@ from tasks.lm.loading import load_tokenizer, save_model
 from tasks.lm.optimizer import check_optimizer
 from tasks.lm.products import use_onednn_products
 from tasks.lm.quantized import quantized_keys
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.reward_model import RewardModel, write_scale
 from tasks.lm.scoring import is_encoder
 from tasks.reward.config import RewardConfig
+from tasks.reward.frozen import learn_frozen
 from tasks.reward.records import GroupedAnswers, share_prompt
 from tasks.reward.trainer import RewardTrainer
 from tasks.run.arguments import training_arguments
@@ -35,7 +35,6 @@ from tasks.run.follow import follow
 from tasks.run.layout import Layout, StageResult
 from tasks.run.tracking import log_artifact
 
-SCORES = "scores.json"
 _log = logging.getLogger(__name__)
 
 
@@ -103,7 +102,8 @@ def run(params: Params, layout: Layout) -> StageResult:
             an 8-bit optimizer where none can run.
     """
     reward, machine = params.reward, params.machine
-    check_optimizer(reward.optimizer, "reward.optimizer")
+    if reward.way == "trained":
+        check_optimizer(reward.optimizer, "reward.optimizer")
     device = use_device(machine.device, machine.threads)
     if machine.onednn and device.type == "cpu":
         use_onednn_products()
@@ -131,13 +131,17 @@ def learn(
     Raises:
         ValueError: as :func:`run`.
     """
-    reward, quantized = params.reward, quantized_keys(params.model.quantize)
     seed = derive_seed(params.seed, "reward", learner.purpose)
     seed_everything(seed)
+    if params.reward.way == "frozen_style":
+        return learn_frozen(learner.out, learner.groups, learner.run, params, layout, device)
+    reward, quantized = params.reward, quantized_keys(params.model.quantize)
     source = layout.artifact("sft", "model")
     policy_tokenizer = load_tokenizer(source)
     named = {"revision": reward.revision, "key": "reward.base"} if reward.base else {}
     reward_model = RewardModel.load(reward.base or source, policy_tokenizer, **named, **quantized)
+    if reward_model.texts is not None:
+        raise ValueError(f"reward.base: {reward.base} was made by reward.way frozen_style; no layer trains")
     train, held = read_groups(layout, reward_model, learner.groups)
     if not train:
         raise ValueError(f"reward: artifacts/pack/groups/{learner.groups}.parquet holds no training question")
@@ -159,8 +163,7 @@ def learn(
         save_model(whole, tokenizer, folder)
         if kept:
             write_adapter(folder / "adapter", *kept, base="artifacts/sft/model")
-        scores = {"mean": metrics["score_mean"], "std": metrics["score_std"]}
-        (folder / SCORES).write_text(json.dumps(scores, indent=2, sort_keys=True) + "\n")
+        write_scale(folder, metrics)
     curve = Curve.of_log(trainer.state.log_history, ("eval_loss", "eval_accuracy"), ("loss", "accuracy"))
     return {"steps": config.max_steps, **metrics}, curve
 
@@ -176,7 +179,8 @@ def settings(
 ) -> RewardConfig:
     """Its RewardConfig for so many training questions; an encoder never reads an eos, whatever the share."""
     reward, machine = params.reward, params.machine
-    not_the_trainers = {"batch_questions", "base", "revision", "lora_rank", "lora_alpha", "judge_epochs"}
+    not_the_trainers = {"way", "frozen_style", "base", "revision", "lora_rank", "lora_alpha"}
+    not_the_trainers |= {"batch_questions", "judge_epochs"}
     arguments = training_arguments(
         layout.scratch("reward") / learner.out,
         examples=examples,

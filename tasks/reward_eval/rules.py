@@ -8,32 +8,22 @@ Bradley-Terry model on differences of text features, fitted to the training pair
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from math import log1p
 from pathlib import Path
 
 import numpy as np
 from pyarrow import parquet
 
+from tasks.lm.frozen_style import COUNTED as FEATURES  # noqa: F401  # by their name here
+from tasks.lm.frozen_style import text_features
+
 TEXT_RULES = ("longer", "has_code", "logistic", "answer_only", "style")  # see only the text; `earlier` not
-FEATURES = ("characters", "code blocks", "links", "paragraphs", "words of the question")  # each ln(1 + count)
 RIDGE = 1.0  # half a squared coefficient costs as much as one nat of a pair's likelihood
 NEWTON_STEPS = 50
 QUESTIONS_READ = 50_000  # five coefficients need no more
 COLUMNS = ["site", "question_id", "question", "answers.list.element.text", "pairs", "weights"]  # no tokens
-_FENCE, _LINK = re.compile(r"^ {0,3}```", re.MULTILINE), re.compile(r"https?://")
-_GAP, _WORD = re.compile(r"\n\s*\n"), re.compile(r"\w+")
-
-
-def text_features(question: str, answer: str) -> list[float]:
-    """The logarithms, after adding one, of what `FEATURES` counts in an answer in markdown, [F]."""
-    asked, said = (set(_WORD.findall(text.lower())) for text in (question, answer))
-    blocks, links = len(_FENCE.findall(answer)) // 2, len(_LINK.findall(answer))
-    paragraphs = len(_GAP.findall(answer.strip())) + 1
-    return [log1p(count) for count in (len(answer), blocks, links, paragraphs, len(asked & said))]
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

@@ -53,9 +53,14 @@ def score_answers(
         ValueError: a score that is not finite (names the question).
     """
     owners = [group for group in groups for _ in group["answers"]]
-    responses = [answer["tokens"] for group in groups for answer in group["answers"]]
-    responses = [r[:-1] if len(r) > 1 and r[-1] == without else r for r in responses]
-    scores = model.score([group["prompt"] for group in owners], responses, rows).double().numpy()
+    if model.texts is not None:  # whole texts, as it learned from; they have no eos
+        answers = [answer["text"] for group in groups for answer in group["answers"]]
+        scores = model.score_texts([group["question"] for group in owners], answers, rows)
+    else:
+        responses = [answer["tokens"] for group in groups for answer in group["answers"]]
+        responses = [r[:-1] if len(r) > 1 and r[-1] == without else r for r in responses]
+        scores = model.score([group["prompt"] for group in owners], responses, rows)
+    scores = scores.double().numpy()
     for place in np.flatnonzero(~np.isfinite(scores))[:1]:
         raise ValueError(
             f"reward_eval: artifacts/reward/{name} gives a score that is not finite to an answer to "

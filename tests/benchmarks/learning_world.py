@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from pyarrow import parquet
 
+from tasks.lm.frozen_style import style_features
 from tasks.pack.exposure import ahead, balancing_weights
 from tasks.reward.losses import gap_weights
 from tasks.reward_eval.pairs import HeldOut, lay_out
@@ -17,17 +17,6 @@ from tasks.reward_eval.rules import LogisticRule, fit_logistic, fit_rule
 
 SEEDS, FOLDS = (0, 1, 2), 5
 STYLE_RIDGE = 300.0
-WORD, SENTENCE = re.compile(r"\w+"), re.compile(r"(?<=[.!?])\s+|\n+")
-SLOPPY = re.compile(r"\bi\b|\bi'm\b|\bim\b|\bdont\b|\bcant\b|\bu\b|\bplz\b")
-SPACED = re.compile(r" ,|,[A-Za-z]|\s\.")
-COUNTED = [re.compile(pattern, re.MULTILINE) for pattern in (
-    r"\d", r"\*\*", r"^\s*([-*+]|\d+\.) ", r"^#+ |^=+$|^-+$", r"^>", r"\$", r"!!|\?\?|\.\.\.",
-    r"\?")]  # fmt: skip
-ASIDES = [re.compile(pattern) for pattern in (
-    r"other answer|above|already (been )?(said|mention)|\+1|agree with|as .{1,30} (said|mention|point)",
-    r"comment|reputation|low rep", r"\b(i have|i had|i am having|same (problem|issue|question))\b",
-    r"\b(source|reference|paper|according to|wikipedia|study|book)\b", r"\b(edit|update)\b *:")]  # fmt: skip
-REASONS = ("however", "because", "therefore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,23 +92,6 @@ def read_world(folder: Path) -> World:
         np.concatenate([ahead(table) for table in tables.values()]),
         laid.differences(laid.published),
     )
-
-
-def style_features(text: str) -> list[float]:
-    """How an answer in Markdown is written: 24 counts, shares and yes or no."""
-    words, lower = len(WORD.findall(text)) + 5, text.lower()
-    sentences = [part for part in SENTENCE.split(text) if part.strip()]
-    shares = [
-        sum(part.lstrip()[0].islower() for part in sentences) / (len(sentences) + 1),
-        len(SLOPPY.findall(text)) / words,
-        len(SPACED.findall(text)) / words,
-        sum(map(len, WORD.findall(text))) / words,
-    ]
-    counts = [len(pattern.findall(text)) for pattern in COUNTED]
-    counts += [len(sentences), max(map(len, text.split("\n\n"))), sum(lower.count(w) for w in REASONS)]
-    asides = [bool(pattern.search(lower)) for pattern in ASIDES]
-    ends = [text.rstrip()[-1:].isalnum(), text[:1].islower(), "@" in text, "![" in text]
-    return [*shares, *np.log1p(counts), *map(float, asides + ends)]
 
 
 def apart(world: World, held: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -34,6 +34,26 @@ def packed(tmp_path_factory):
     return layout, splits, params, run(params, layout).metrics
 
 
+def test_a_long_question_may_be_cut(packed, tmp_path):
+    """Not left out: half of the document is its beginning, the template whole; the text stays as it was."""
+    layout, splits, params, metrics = packed
+    assert metrics["reward_questions_too_long"] == 1
+    cut = tiny.project(tmp_path, splits)
+    other = run(tiny.params(pack=params.pack.model_dump() | {"long_questions": "cut"}), cut)
+    assert "reward_questions_too_long" not in other.metrics
+    tables = (table(one, "groups", "reward.parquet") for one in (layout, cut))
+    before, after = ({row["question_id"]: row for row in rows} for rows in tables)
+    row = after.pop(1003)
+    assert 1003 not in before and row["question"] == LONG and row["pairs"]
+    tokenizer, most = load_tokenizer(cut.artifact("pack", "tokenizer")), params.pack.document_tokens
+    said = tokenizer.decode(row["prompt"])
+    assert said.startswith("Question: word0 word1 ") and said.endswith("\n\nAnswer:")
+    assert most // 4 < len(row["prompt"]) <= most // 2
+    assert all(len(row["prompt"]) + len(a["tokens"]) <= most for a in row["answers"])
+    long = {n for n in before if len(before[n]["prompt"]) > most // 2}
+    assert {n for n in after if after[n] != before[n]} == long
+
+
 def documents(rows):
     for row in rows:
         start = 0

@@ -253,3 +253,9 @@ def test_a_wrong_setting_is_one_line(tmp_path, monkeypatch, capsys, setting, wor
     assert main(["use", "sample"]) == 0 and main(["estimate"]) == 0
     assert "model.config" in capsys.readouterr().out
     assert main(["estimate", setting]) == 1 and words in capsys.readouterr().err
+
+
+def test_what_is_not_trained_is_not_estimated():
+    params = Params(reward={"way": "frozen_style", "base": "org/encoder"})
+    assert list(estimates(params, 1, False, Device())) == ["sft", "ppo"]
+    assert "reward  frozen_style: no training" in describe(params, {})

@@ -27,7 +27,9 @@ from transformers import (
 )
 
 from params.schema import Params
+from tasks.lm.frozen_style import HEAD, FrozenStyle, Head
 from tasks.lm.prompt import document_text, prompt_text
+from tasks.lm.reward_model import load_frozen_style
 from tasks.register import checks, holdings, models, recipe
 from tasks.run import tracking
 
@@ -257,6 +259,40 @@ def test_models_of_other_kinds(tmp_path, kind, words, places):
     else:
         together, alone = (loaded.predict(asked, params=GREEDY) for asked in (["How?", "What is?"], "How?"))
     assert together[:1] == (pytest.approx(alone) if is_reward else alone)
+
+
+def test_a_model_that_reads_texts_is_served_by_the_code_that_trained_it(tmp_path, stranger):
+    """Moved, without our package and without the folder it came from: the run's own scores; one flavour."""
+    words, folder = tiny.encoder_tokenizer(), tmp_path / "model"
+    tiny.save(tiny.encoder(vocab_size=len(words)), folder, words)
+    drawn = torch.randn(29 + 16, generator=torch.Generator().manual_seed(0)).tolist()
+    (folder / HEAD).write_text(Head(5, 7, tuple(drawn[:29]), tuple(drawn[29:])).text())
+    chosen = recipe.Recipe.of("reward", Params(reward={"way": "frozen_style", "base": "x"}))
+    assert chosen.digest != recipe.Recipe.of("reward", Params()).digest
+    made = mlflow.models.Model()
+    models.save_model(tmp_path / "saved", made, chosen, folder)
+    wanted = load_frozen_style(folder, words).scores(QUESTIONS, ANSWERS).tolist()
+    folder.rename(tmp_path / "elsewhere")
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    assert "transformers" not in made.flavors
+    assert str(tmp_path) not in (tmp_path / "moved/MLmodel").read_text()
+    code = f"""
+import json, mlflow
+model = mlflow.pyfunc.load_model({str(tmp_path / "moved")!r})
+print(json.dumps(list(model.predict({{"question": {QUESTIONS!r}, "answer": {ANSWERS!r}}}))))
+"""
+    said = stranger("-c", code, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).communicate()[0]
+    assert json.loads(said.splitlines()[-1]) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_what_reads_texts_otherwise_is_not_registered(tmp_path, monkeypatch):
+    words = tiny.encoder_tokenizer()
+    tiny.save(tiny.encoder(vocab_size=len(words)), tmp_path / "model", words)
+    (tmp_path / "model" / HEAD).write_text(Head(5, 7, (0.0,) * 29, (1.0,) * 16).text())
+    chosen = recipe.Recipe.of("reward", Params(reward={"way": "frozen_style", "base": "x"}))
+    monkeypatch.setattr(FrozenStyle, "scores", lambda *_: torch.tensor([9.0, 9.0]))
+    with pytest.raises(ValueError, match=r"mlflow\.pyfunc gives a score of .*run 9"):
+        models.save_model(tmp_path / "saved", mlflow.models.Model(), chosen, tmp_path / "model")
 
 
 def test_a_model_that_says_something_else_is_not_registered(layout, monkeypatch):

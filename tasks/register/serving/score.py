@@ -3,13 +3,14 @@
 This file travels inside the registered model and stands alone; the weights beside it serve both flavours.
 """
 
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pandas as pd
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 ROWS = 64  # most documents that are read side by side
 COLUMNS = ("question", "answer")
@@ -21,6 +22,10 @@ class Scores(PythonModel):
     def load_context(self, context):
         """Weights and tokenizer of the model's folder; float32, as they were trained."""
         auto, folder = AutoModelForSequenceClassification, Path(context.artifacts["model"])
+        self.experts = None
+        if "experts" in context.artifacts:
+            self.experts = frozen_style(folder, context.artifacts["experts"])
+            return
         self.tokenizer = AutoTokenizer.from_pretrained(context.artifacts["tokenizer"])
         self.model = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -37,7 +42,11 @@ class Scores(PythonModel):
         Raises:
             ValueError: a question or an answer that is no text; the message names the row.
         """
-        documents = [self.document(*pair) for pair in pairs(model_input)]
+        asked = pairs(model_input)
+        if self.experts is not None:
+            texts = ([pair[i] for pair in asked] for i in range(2))
+            return self.experts.scores(*texts, ROWS).tolist()
+        documents = [self.document(*pair) for pair in asked]
         found = [0.0] * len(documents)
         for length in sorted({len(document) for document in documents}):  # one length needs no padding
             rows = [row for row, document in enumerate(documents) if len(document) == length]
@@ -68,6 +77,18 @@ class Scores(PythonModel):
         ids = torch.tensor(documents, device=self.model.device)
         logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         return logits[:, 0].float().tolist()
+
+
+def frozen_style(folder, code):
+    """The two experts of a model that reads texts, by the code that trained them, which travels beside it."""
+    spec = spec_from_file_location("frozen_style", code)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    head, read = module.Head.read(folder), lambda texts: [letters(tokenizer, text) for text in texts]
+    return module.FrozenStyle(encoder, tokenizer, head, read)
 
 
 def letters(tokenizer, text):
