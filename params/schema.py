@@ -300,7 +300,11 @@ class PPOParams(Section):
     init_kl_coef: float = Field(0.2, ge=0, description="price of KL at the start, score units per nat")
     adap_kl_ctrl: bool = Field(True, description="adapt the price towards `target` (arXiv 1909.08593, 2.2)")
     target: Positive = Field(6.0, description="wanted KL per response, nats")
-    horizon: int = Field(10000, ge=1, description="responses over which the price adapts")
+    horizon: int | None = Field(
+        10000,
+        ge=1,
+        description="responses over which the price adapts; null: so that the run reaches `target` by its middle",
+    )
     kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = Field(
         "kl", description="of a token: log ratio (k1), its size, half its square (k2), k3, or the whole sum"
     )
@@ -383,6 +387,11 @@ class PPOParams(Section):
             )
         if self.optimizer == "adam" and self.weight_decay:
             raise ValueError(f"ppo.weight_decay is {self.weight_decay}, and ppo.optimizer adam takes none")
+        if self.horizon is None and self.adap_kl_ctrl and not self.init_kl_coef:
+            raise ValueError(
+                "ppo.init_kl_coef is 0, which no factor moves towards ppo.target: give a price above 0, or "
+                "ppo.adap_kl_ctrl false"
+            )
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("ppo.use_score_norm needs ppo.use_score_scaling")
         return self
