@@ -303,7 +303,7 @@ class PPOParams(Section):
     horizon: int | None = Field(
         10000,
         ge=1,
-        description="responses over which the price adapts; null: so that the run reaches `target` by its middle",
+        description="responses over which the price adapts; null: a run's own, `target` is reached by mid-run",
     )
     kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = Field(
         "kl", description="of a token: log ratio (k1), its size, half its square (k2), k3, or the whole sum"

@@ -194,6 +194,7 @@ class Kept:
         self.running.load_state_dict(state["running"])
         self.guard.load_state_dict(state["guard"])
         self.kl_ctl.value, self.kl_ctl.error = state["kl_coef"], state.get("kl_error")
+        self.kl_ctl.updates = state["updates"]
         self.updates, self.draws, self.returns = state["updates"], state["draws"], state["returns"]
         if "pushed" in state:
             self.compare_step, highest = state["pushed"]["compared"], state["pushed"]["highest"]

@@ -1,8 +1,9 @@
 """The price of KL, and how it follows the KL that a run spends.
 
-What a rollout shows is the KL of the price of some updates ago: the policy needs them to follow. So a price that
-only adds up the error, as that of arXiv 1909.08593 does, is late by that much, and one that adds it up fast
-swings. A part in proportion to the error's change answers a KL that is on its way before it has arrived.
+TRL's law is that of arXiv 1909.08593, section 2.2; its horizon of 10,000 responses suits a run of millions, and in
+a run of some thousands the price stands still. A law for those has to know three things: a rollout shows what the
+price of some updates ago has done, so a price that adds up errors quickly swings; a policy that has just begun has
+spent nothing, whatever the price is; and the KL of a hundred responses is known to a fifth.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
     from tasks.ppo.config import PPOConfig
 
 ROUNDING_NATS = 1e-3  # a KL this little below zero is noise of float32
-RUN_HORIZONS = 12  # horizons in a run whose own length decides: e^12 is the most that its price may move
-FEWEST_UPDATES = 30  # a shorter run's price moves no faster than that of one so long: KL follows too late
-PROPORTIONAL = 0.6  # of the change of the error, at once; KL follows the price to the power −1 to −2
+RUN_HORIZONS = 10  # horizons in a run: its price may move by a factor of e in a tenth of it
+FEWEST_UPDATES = 30  # the price of a shorter run moves no faster than in one of these
+PROPORTIONAL = 0.5  # of an error's change, at once; KL at rest ∝ price^−1 to price^−2, so more would swing
+RAMP = 0.4  # share of the run in which what may be spent grows to the target
 _log = logging.getLogger(__name__)
 
 
@@ -38,7 +40,8 @@ class KLController:
 
     def __init__(self, value: float, target: float | None, horizon: float) -> None:
         self.value, self.target, self.horizon = value, target, horizon
-        self.error: float | None = None  # of the last rollout, where the next one is compared with it
+        self.updates = 0  # rollouts that were told
+        self.error: float | None = None  # of the last of them, where the next one is compared with it
 
     def update(self, kl_nats: float, responses: int) -> None:
         """Raise the price when `kl_nats` per response exceeded the target, lower it when it fell short."""
@@ -47,11 +50,12 @@ class KLController:
                 "KL to the reference is %.2f nats: are the responses samples of this policy?", kl_nats
             )
         if self.target is not None and kl_nats > -ROUNDING_NATS:
-            self.value *= self._factor(kl_nats, self.target, responses / self.horizon)
+            self.value *= self._factor(kl_nats, responses / self.horizon)
+        self.updates += 1
 
-    def _factor(self, kl_nats: float, target: float, share: float) -> float:
-        """Of the price, after a rollout that is so large a share of the horizon."""
-        return 1 + min(max(kl_nats / target - 1, -0.2), 0.2) * share
+    def _factor(self, kl_nats: float, share: float) -> float:
+        """What the price is multiplied by, after a rollout that is so large a share of the horizon."""
+        return 1 + min(max(kl_nats / self.target - 1, -0.2), 0.2) * share
 
 
 class AdaptiveKLController(KLController):
@@ -69,29 +73,36 @@ class FixedKLController(KLController):
 
 
 class PacedKLController(KLController):
-    """One that reaches its target by the middle of a run, however long that is.
+    """One whose target is reached by the middle of a run, however long that is.
 
-    With the error e = clip(ln(KL / target), −1, 1) and e′ that of the rollout before,
-    price ← price · exp(e · responses / horizon + 0.6 (e − e′)).
+    In the first two fifths of the run what may be spent grows with the number of updates, up to the target. With
+    the error e = clip(ln(KL / what may be spent), −1, 1), and e′ that of the rollout before,
 
-    The same law in its first part (a small error moves ln price by (KL / target − 1) · responses / horizon),
-    but an error counts up to a factor of e instead of a fifth. TRL's horizon of 10,000 with its fifth moves the
-    price of a run of 6,400 responses by 14 % at most. The horizon here is a twelfth of the run.
+    price ← price · exp(e · responses / horizon + (e − e′) / 2)
+
+    The horizon is a tenth of the run. The first part is Ziegler's law, to first order; but an error counts up to a
+    factor of e, where TRL counts a fifth. The second part answers a KL that is on its way. Together: a controller
+    of proportional and integral parts over logarithms, in incremental form.
 
     Args:
         value: price at the start, score units per nat; above 0.
         target: wanted KL per response, nats.
-        updates: of the whole run.
-        responses: of an update.
+        updates: rollouts of the whole run.
+        responses: of a rollout.
     """
 
     def __init__(self, value: float, target: float, updates: int, responses: int) -> None:
         super().__init__(value, target, max(updates, FEWEST_UPDATES) * responses / RUN_HORIZONS)
+        self.ramp = RAMP * updates  # rollouts
 
-    def _factor(self, kl_nats: float, target: float, share: float) -> float:
-        error = min(max(math.log(max(kl_nats, ROUNDING_NATS * target) / target), -1.0), 1.0)
-        before, self.error = error if self.error is None else self.error, error
-        return math.exp(error * share + PROPORTIONAL * (error - before))
+    def _factor(self, kl_nats: float, share: float) -> float:
+        allowed = self.target * min(1.0, self.updates / self.ramp)
+        if not allowed:  # the first rollout is the reference's own
+            return 1.0
+        error = math.log(max(kl_nats, ROUNDING_NATS * self.target) / allowed)
+        error = min(max(error, -1.0), 1.0)
+        change, self.error = 0.0 if self.error is None else error - self.error, error
+        return math.exp(error * share + PROPORTIONAL * change)
 
 
 def controller_of(config: PPOConfig) -> KLController:
