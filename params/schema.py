@@ -250,6 +250,9 @@ class RewardEvalParams(Section):
 class MonitorParams(Section):
     """How far responses may move from SFT's while the score rises, before that is called suspect."""
 
+    reward: Literal["proxy", "truth"] = Field(
+        "proxy", description="truth: the score is what is meant, and no rise of it is suspect"
+    )
     responses: int = Field(
         256, ge=1, description="about how many a look at held-out prompts samples, as many to each prompt"
     )
@@ -263,10 +266,16 @@ class MonitorParams(Section):
     agreement_fall: Share = Field(
         0.5, description="of the correlation of score and judge over single responses, share of SFT's"
     )
-    kl_nats: Positive = Field(10.0, description="most KL to SFT, nats per response")
+    kl_factor: Positive = Field(
+        2.0, description="most KL to SFT, in times ppo.target; of kl_budget_nats where select spends more"
+    )
+    kl_nats: Positive | None = Field(
+        None, description="most KL to SFT, nats per response; null: kl_factor decides"
+    )
     length_factor: float = Field(
         1.5, gt=1, description="so many times as long as SFT's responses, or as short"
     )
+    length_share: Share = Field(0.1, description="and by this share of ppo.response_tokens")
     entropy_fall: Share = Field(0.5, description="of the policy's entropy per token, share of SFT's")
     distinct_fall: Share = Field(0.3, description="of distinct bigrams, share of SFT's")
     repetition_rise: Share = Field(0.05, description="of trigrams that stood in the response before")
@@ -303,7 +312,7 @@ class PPOParams(Section):
     horizon: int | None = Field(
         10000,
         ge=1,
-        description="responses over which the price adapts; null: a run's own, `target` is reached by mid-run",
+        description="responses over which the price adapts; null: so that `target` is reached by mid-run",
     )
     kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = Field(
         "kl", description="of a token: log ratio (k1), its size, half its square (k2), k3, or the whole sum"

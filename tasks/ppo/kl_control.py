@@ -1,9 +1,9 @@
 """The price of KL, and how it follows the KL that a run spends.
 
-TRL's law is that of arXiv 1909.08593, section 2.2; its horizon of 10,000 responses suits a run of millions, and in
-a run of some thousands the price stands still. A law for those has to know three things: a rollout shows what the
-price of some updates ago has done, so a price that adds up errors quickly swings; a policy that has just begun has
-spent nothing, whatever the price is; and the KL of a hundred responses is known to a fifth.
+TRL's law is that of arXiv 1909.08593, section 2.2. Its horizon of 10,000 responses suits a run of millions;
+in a run of some thousands the price stands still. A law for those has to know three things: a rollout shows
+what the price of some updates ago has done, so a price that adds up errors quickly swings; a policy that has
+just begun has spent nothing, whatever the price is; and the KL of a hundred responses is known to a fifth.
 """
 
 from __future__ import annotations
@@ -75,14 +75,15 @@ class FixedKLController(KLController):
 class PacedKLController(KLController):
     """One whose target is reached by the middle of a run, however long that is.
 
-    In the first two fifths of the run what may be spent grows with the number of updates, up to the target. With
-    the error e = clip(ln(KL / what may be spent), −1, 1), and e′ that of the rollout before,
+    In the first two fifths of the run what may be spent grows with the number of updates to the power 3/2, up
+    to the target: it is √KL that moves by steps. With the error e = clip(ln(KL / what may be spent), −1, 1), and
+    e′ that of the rollout before,
 
     price ← price · exp(e · responses / horizon + (e − e′) / 2)
 
-    The horizon is a tenth of the run. The first part is Ziegler's law, to first order; but an error counts up to a
-    factor of e, where TRL counts a fifth. The second part answers a KL that is on its way. Together: a controller
-    of proportional and integral parts over logarithms, in incremental form.
+    The horizon is a tenth of the run. The first part is Ziegler's law, to first order; but an error counts up
+    to a factor of e, where TRL counts a fifth. The second part answers a KL that is on its way. Together: a
+    controller of proportional and integral parts over logarithms, in incremental form.
 
     Args:
         value: price at the start, score units per nat; above 0.
@@ -96,7 +97,7 @@ class PacedKLController(KLController):
         self.ramp = RAMP * updates  # rollouts
 
     def _factor(self, kl_nats: float, share: float) -> float:
-        allowed = self.target * min(1.0, self.updates / self.ramp)
+        allowed = self.target * min(1.0, self.updates / self.ramp) ** 1.5
         if not allowed:  # the first rollout is the reference's own
             return 1.0
         error = math.log(max(kl_nats, ROUNDING_NATS * self.target) / allowed)

@@ -62,11 +62,11 @@ def test_the_paced_price_by_hand():
     e = math.log(2)
     steps = [  # KL, change of the logarithm of the price
         (0.0, 0.0),  # nothing has been spent, whatever the price
-        (0.05, 0.0),  # a twentieth of the target, as it may
-        (0.2, 0.2 * e + 0.5 * e),  # twice what it may
-        (0.2, 0.2 * math.log(4 / 3) + 0.5 * (math.log(4 / 3) - e)),
+        (0.05**1.5, 0.0),  # as much as it may
+        (2 * 0.1**1.5, 0.2 * e + 0.5 * e),  # twice what it may
+        (1.2 * 0.15**1.5, 0.2 * math.log(1.2) + 0.5 * (math.log(1.2) - e)),
         (-0.5, 0.0),  # below zero: not told
-        (0.5, 0.2 * e + 0.5 * (e - math.log(4 / 3))),
+        (2 * 0.25**1.5, 0.2 * e + 0.5 * (e - math.log(1.2))),
         (99.0, 0.2 + 0.5 * (1 - e)),  # an error counts up to a factor of e
         (1e-9, -0.2 - 0.5 * 2),
     ]
@@ -105,8 +105,8 @@ def test_a_price_of_nothing_cannot_adapt():
 def made_run(controller, updates: int, lag: float, power: float, seed: int, noise=0.18) -> list[float]:
     """KL of each update of a policy that follows the price late.
 
-    At a price p it comes to rest at TARGET · (RIGHT / p)^power; each update √KL goes 1 / (lag · updates) of the
-    way, and no faster than √TARGET in a tenth of the run. The controller sees KL ± `noise`: 128 responses
+    At a price p it comes to rest at TARGET · (RIGHT / p)^power; each update √KL goes 1 / (lag · updates) of
+    the way, and no faster than √TARGET in a tenth of the run. The controller sees KL ± `noise`: 128 responses
     tell half a nat to 18 %.
     """
     draw, root, found = random.Random(seed), 0.0, []
@@ -164,15 +164,15 @@ def test_a_checkpoint_holds_the_controller_and_an_older_one_is_read():
     keys = {"horizon": None, "init_kl_coef": 0.1, "target": 0.5}
     whole, again, older = (trainer(**keys) for _ in range(3))
     for number in range(3):
-        whole.step(*batch(number))
+        whole.step(*batch(seed=number))
         if number == 1:
             state = whole.state_dict()
     again.load_state_dict(state)
-    again.step(*batch(2))
+    again.step(*batch(seed=2))
     assert (
         again.kl_ctl.value == whole.kl_ctl.value != 0.1
         and again.kl_ctl.error == whole.kl_ctl.error is not None
     )
     older.load_state_dict({k: v for k, v in state.items() if k != "kl_error"})
     assert older.kl_ctl.value == state["kl_coef"] and older.kl_ctl.error is None
-    older.step(*batch(2))
+    older.step(*batch(seed=2))
