@@ -217,6 +217,14 @@ class RewardParams(Section):
     length_offset: float = Field(
         0, ge=0, description="share of what length alone tells that the model need not learn"
     )
+    judge_base: str = Field(
+        "",
+        description="as `base`, for the judge; empty: model.base as it came, or new weights of model.config",
+    )
+    judge_revision: str = Field("main", description="Hub revision of `judge_base`; a folder has none")
+    judge_style_offset: float = Field(
+        1, ge=0, description="share of what length and style alone tell that the judge need not learn"
+    )
     lora_rank: int = Field(0, ge=0, description="of an adapter, which is merged at the end; 0: all weights")
     lora_alpha: Positive = Field(16, description="the adapter's outputs are multiplied by alpha / rank")
     num_layers_unfrozen: int | None = Field(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tasks.lm.ends import closed, same_words
-from tasks.lm.loading import fit_embeddings, load_reward, load_tokenizer
+from tasks.lm.loading import create_reward, fit_embeddings, load_reward, load_tokenizer
 from tasks.lm.prompt import without_eos
 from tasks.lm.reading import encode
 from tasks.lm.scoring import is_encoder, room_of, score_documents
@@ -61,6 +61,7 @@ class RewardModel:
         revision: str = "main",
         key: str = "artifacts/reward/model",
         policy_ends: Sequence[int] = (),
+        is_new: bool = False,
         **keys: Any,
     ) -> RewardModel:
         """From a folder or the Hub.
@@ -72,13 +73,14 @@ class RewardModel:
             revision: on the Hub.
             key: names `base` in messages.
             policy_ends: tokens beside that tokenizer's eos which end a response (:mod:`tasks.lm.ends`).
+            is_new: whether only shape and tokenizer are taken from `base`, and the weights are new.
             keys: for transformers' `from_pretrained`.
 
         Raises:
             ValueError: model or tokenizer cannot be loaded, or a decoder's tokenizer has no eos.
         """
         tokenizer = load_tokenizer(base, revision, key, needs_eos=False)
-        model = load_reward(base, revision, key, **keys)
+        model = create_reward(base, key) if is_new else load_reward(base, revision, key, **keys)
         if tokenizer.eos_token_id is None and not is_encoder(model):
             raise ValueError(f"{key}: the tokenizer of {base} has no eos token")
         fit_embeddings(model, tokenizer)

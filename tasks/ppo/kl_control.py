@@ -76,8 +76,8 @@ class PacedKLController(KLController):
     """One whose target is reached by the middle of a run, however long that is.
 
     In the first two fifths of the run what may be spent grows with the number of updates to the power 3/2, up
-    to the target: it is √KL that moves by steps. With the error e = clip(ln(KL / what may be spent), −1, 1), and
-    e′ that of the rollout before,
+    to the target: it is √KL that moves by steps. With the error e = clip(ln(KL / what may be spent), −1, 1),
+    and e′ that of the rollout before,
 
     price ← price · exp(e · responses / horizon + (e − e′) / 2)
 

@@ -139,7 +139,7 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced,
         args = self.args
         scores = self.inside(model, lambda model: self.scores(model, inputs))
         better, worse = pair_scores(scores, inputs["pairs"])
-        ahead = self.length_coefficient * inputs["longer"] - args.margin * inputs["gaps"]
+        ahead = self.length_coefficient * inputs["longer"] - args.margin * inputs["gaps"] + inputs["odds"]
         centering = args.center_rewards_coefficient or 0.0
         losses = inputs["weights"] * pair_loss(better, worse, ahead, args.label_smoothing, centering)
         if rows := _not_finite(losses, inputs["names"]):
