@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from copy import deepcopy
 
 import pytest
 from made_trainers import batch, trainer
@@ -166,7 +167,7 @@ def test_a_checkpoint_holds_the_controller_and_an_older_one_is_read():
     for number in range(3):
         whole.step(*batch(seed=number))
         if number == 1:
-            state = whole.state_dict()
+            state = deepcopy(whole.state_dict())
     again.load_state_dict(state)
     again.step(*batch(seed=2))
     assert (

@@ -49,8 +49,10 @@ def test_a_run_whose_kl_costs_nothing_is_found_out(runs, caplog):
 
 
 def test_the_same_run_is_right_where_what_is_paid_is_what_is_meant(runs):
+    """But for one thing that no score of a text sees: its responses do not end any more."""
     assert runs["meant"].curve.rows == runs["cheap"].curve.rows
-    assert runs["meant"].looks.findings == {number: {} for number in range(5, 31, 5)}
+    assert [*runs["meant"].looks.findings] == [*range(5, 31, 5)]
+    assert all(set(found) == {"eos_rate"} for found in runs["meant"].looks.findings.values())
 
 
 def test_a_run_that_pays_for_kl_rises_without_a_finding(runs):
