@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ROUNDING_NATS = 1e-3  # a KL this little below zero is noise of float32
 RUN_HORIZONS = 10  # horizons in a run: its price may move by a factor of e in a tenth of it
 FEWEST_UPDATES = 30  # the price of a shorter run moves no faster than in one of these
-PROPORTIONAL = 0.5  # of an error's change, at once; KL at rest ∝ price^−1 to price^−2, so more would swing
+PROPORTIONAL = 0.8  # of an error's change, at once: as much as a policy that follows in two updates bears
 RAMP = 0.4  # share of the run in which what may be spent grows to the target
 _log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class PacedKLController(KLController):
     to the target: it is √KL that moves by steps. With the error e = clip(ln(KL / what may be spent), −1, 1),
     and e′ that of the rollout before,
 
-    price ← price · exp(e · responses / horizon + (e − e′) / 2)
+    price ← price · exp(e · responses / horizon + 0.8 (e − e′))
 
     The horizon is a tenth of the run. The first part is Ziegler's law, to first order; but an error counts up
     to a factor of e, where TRL counts a fifth. The second part answers a KL that is on its way. Together: a
