@@ -147,10 +147,10 @@ def test_trls_horizon_does_not_move_a_short_run(start):
 
 
 def test_the_price_does_not_swing():
-    """Once it is there it stays: without noise the last quarter of a run is within a tenth of the target."""
+    """Once it is there it stays: without noise the last quarter of a run is within a fifth of the target."""
     for lag in (0.05, 0.1, 0.3):
         kl = made_run(PacedKLController(5 * RIGHT, TARGET, 60, 128), 60, lag, 1.3, seed=0, noise=0.0)
-        assert max(abs(value / TARGET - 1) for value in kl[45:]) < 0.1, (lag, kl[45:])
+        assert max(abs(value / TARGET - 1) for value in kl[45:]) < 0.2, (lag, kl[45:])
 
 
 def test_what_a_run_spent_by_hand():

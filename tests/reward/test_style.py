@@ -12,7 +12,7 @@ import tiny
 import torch
 from made_rewards import groups, padded_scores, trainer
 
-from tasks.reward import GroupedAnswers, collate, pair_loss
+from tasks.reward import GroupedAnswers, collate, pair_loss, style
 from tasks.reward.records import check
 from tasks.reward.stage import group_of
 from tasks.reward.style import fit_style, frequent_words, style_features, words_of
@@ -90,6 +90,12 @@ def test_the_rule_finds_how_much_style_counts(rows):
     lead = rule.log_odds(answer_of(3, True)["text"]) - rule.log_odds(answer_of(3, False)["text"])
     assert 0.8 * STYLE < lead < 1.1 * STYLE
     assert rule.log_odds("I checked: `1`") == pytest.approx(rule.log_odds("I checked: `5`"))
+
+
+def test_of_many_questions_a_part_is_read(rows, monkeypatch):
+    wanted = fit_style(rows[::4]).coefficients
+    monkeypatch.setattr(style, "MOST_QUESTIONS", len(rows) // 4 + 1)
+    assert fit_style(rows).coefficients.tolist() == wanted.tolist()
 
 
 def test_no_pair_is_refused():
