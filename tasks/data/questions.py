@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from tasks.data.deal import read_bucket
 from tasks.data.html import has_words
-from tasks.data.schema import ANSWER, KEYS, UNSPLIT
+from tasks.data.schema import ANSWER, KEYS, KNOWN_LATER, SCHEMA, UNSPLIT
 from tasks.data.score import answer_score
 from tasks.data.shelf import LZ4
 from tasks.data.split import fingerprint, marks
@@ -104,6 +104,7 @@ def _nested(
     scores = _scores(answers, accepted)
     columns = {name: answers[name] for name in ("id", "text", "votes", "created", "owner_id", "licence")}
     columns |= {"score": pa.array(scores, pa.int32()), "accepted": pa.array(accepted)}
+    columns["style"] = pa.nulls(len(answers), pa.string())
     struct = pa.StructArray.from_arrays(
         [_one(columns[field.name]).cast(field.type) for field in ANSWER], fields=list(ANSWER)
     )
@@ -115,8 +116,7 @@ def _nested(
     }
     found |= {
         "text": pa.array(["\n\n".join(part for part in parts if part) for parts in both], pa.string()),
-        "kind": pa.nulls(len(asked), pa.string()),
-        "expected": pa.nulls(len(asked), pa.string()),
+        **{name: pa.nulls(len(asked), SCHEMA.field(name).type) for name in KNOWN_LATER},
         "answers": pa.ListArray.from_arrays(pa.array(offsets), struct),
         "pairs": pa.array(_pairs(of_answer, scores, counts), pa.int32()),
         "marks": pa.array([list(map(fingerprint, found)) for found in marks(both)], MARKS),

@@ -2,15 +2,18 @@
 
 A program can check its answers.
 
-The world is small on purpose: eight kinds of question over about fifty *keys* each (a town's river, 3 × 7,
-the last letter of a word …), asked in ever new wordings. A model of one million parameters can learn these
-keys from a few thousand answers; it cannot learn arithmetic. Held-out questions are therefore new wordings of
-known keys.
+The world is small on purpose: eight kinds of question over 36 *keys* each (a town's river, 3 × 7, the last
+letter of a word …; `tasks/data/world.py`), asked in ever new wordings (`tasks/data/wordings.py`). A model of
+one million parameters can learn these keys from a few thousand answers; it cannot learn arithmetic. Held out
+are, for each key, *new wordings*, which no training split holds for any key, and a *known wording* in which
+training never asks for this key.
 
 Half of the answers are right. For every second key one *misconception* is more frequent than the truth, so
-that imitation (SFT) repeats it and only the votes tell it apart. Quality orders answers by correctness first,
-then by style (clear, plain, padded); styles have equal lengths, so that longer is not better. Votes are
-`2^(quality + noise) − 1`: the published score `round(log2(1 + votes))` then sees quality through noise.
+that imitation (SFT) repeats it and only the votes tell it apart. Quality orders answers by correctness
+first, then, a little, by style (clear, plain, padded); styles have equal lengths, so that longer is not
+better, and values are right as often as wrong, so that an answer does not say what it is worth to a reader
+who skips the question. Votes are `2^(quality + noise) − 1`: the published score `round(log2(1 + votes))`
+then sees quality through noise.
 """
 
 from __future__ import annotations
@@ -23,50 +26,35 @@ from itertools import combinations
 from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
-from tasks.data.world import TEMPLATES, Key, world
+from tasks.data.wordings import BODIES, KNOWN, NEW, OPENERS
+from tasks.data.world import Key, world
 
 SITE = "sample.stackrl.example"
 QUALITY_NOISE = 0.3  # standard deviation of log2(1 + votes) around the true quality
+RIGHT, STYLE = 3.0, 0.1  # quality of a right answer, and of a step in style
 RIGHT_SHARE = {False: 0.65, True: 0.35}  # of the answers; True: the key has a misconception
 MISCONCEPTION_SHARE = {False: 0.15, True: 0.50}  # the rest is spread over the other wrong values
+NEW_SHARE = 2 / 3  # of the held-out questions: asked in a new wording
 
-
-OPENERS = (
-    "",
-    "Quick one: ",
-    "Please help: ",
-    "For my notes: ",
-    "I forgot this: ",
-    "Simple question: ",
-    "Asking again: ",
-    "One more: ",
-)
-BODIES = (
-    "<p>Thanks!</p>",
-    "<p>Any idea?</p>",
-    "<p>For school.</p>",
-    "<p>Not sure.</p>",
-    "<pre><code>ask()\n</code></pre>",
-    "<p>We disagree.</p>",
-)
 # Three lengths of each style, the same on average in every style: longer is not better.
 STYLES = {
-    1: (
+    "clear": (
         "<p>It is <code>{0}</code>.</p>",
         "<p>The answer is <code>{0}</code>.</p>",
         "<p>I checked: it is <code>{0}</code>.</p>",
     ),
-    0: (
+    "plain": (
         "<p>I say <code>{0}</code>.</p>",
         "<p>As I recall <code>{0}</code>.</p>",
         "<p>From memory I say <code>{0}</code>.</p>",
     ),
-    -1: (
+    "padded": (
         "<p>Um, <code>{0}</code>.</p>",
         "<p>Hm, perhaps <code>{0}</code>?</p>",
         "<p>Well, who can say, <code>{0}</code>?</p>",
     ),
 }
+STEPS = {"clear": 1, "plain": 0, "padded": -1}
 
 
 def draw_value(key: Key, draw: random.Random) -> str:
@@ -85,34 +73,68 @@ def votes_of(quality: float, noise: float) -> int:
     return round(2**level) - 1 if level > -0.5 else -max(1, round(-2 * level))
 
 
-def write_site(folder: Path, questions: int, seed: int) -> dict[str, float]:
+def quality_of(is_right: bool, style: str) -> float:
+    """What votes see through noise, log2(1 + votes)."""
+    return RIGHT * is_right + STYLE * STEPS[style]
+
+
+def asked(questions: int, held_out: float, draw: random.Random) -> list[tuple[Key, str, str, bool]]:
+    """Key, title, wording (known or new) and whether it is held out, of each question, shuffled.
+
+    Args:
+        questions: how many.
+        held_out: share of them; of these two thirds are asked in a new wording.
+        draw: shuffles.
+
+    Raises:
+        ValueError: more questions than there are different titles.
+    """
+    titles: dict[str, list[tuple[Key, str]]] = {"training": [], "known": [], "new": []}
+    for number, key in enumerate(world()):
+        apart = number % len(KNOWN[key.kind])  # the known wording in which training never asks for this key
+        for place, wording in enumerate((*KNOWN[key.kind], *NEW[key.kind])):
+            part = "known" if place == apart else "training" if place < len(KNOWN[key.kind]) else "new"
+            titles[part] += [(key, opener + wording.format(*key.slots)) for opener in OPENERS]
+    kept_back = round(questions * held_out)
+    new = round(kept_back * NEW_SHARE)
+    counts = {"training": questions - kept_back, "known": kept_back - new, "new": new}
+    found = []
+    for part, count in counts.items():
+        if count > len(titles[part]):
+            raise ValueError(
+                f"data.sample.questions ({questions}) asks for {count} titles ({part}), the sample site has "
+                f"{len(titles[part])}"
+            )
+        wording = "new" if part == "new" else "known"
+        found += [(*one, wording, part != "training") for one in draw.sample(titles[part], count)]
+    return draw.sample(found, len(found))
+
+
+def write_site(folder: Path, questions: int, seed: int, held_out: float = 0.1) -> dict[str, float]:
     """Write `<folder>/sample.stackrl.example/Posts.xml` and, beside it, `expected.jsonl`.
 
-    `expected.jsonl` holds one row per question: {"question_id", "kind", "expected"}. The dump has what real
-    sites have: owners, deleted owners, tags, acceptance, code blocks, negative answers, orphans, wiki posts.
+    `expected.jsonl` holds one row per question: {"question_id", "kind", "expected", "cluster",
+    "wording", "misleads", "wrong", "styles" (by answer id), "held_out"}. The dump has what real sites have:
+    owners, deleted owners, tags, acceptance, code blocks, negative answers, orphans, wiki posts.
 
     Args:
         folder: where the site's folder is made.
         questions: how many questions; every title is new.
         seed: the same seed writes the same bytes.
+        held_out: share of the questions that no training split may hold.
 
     Returns:
         What the site is: questions, answers, share of right answers, and `ceiling`, the accuracy of the true
-        order of quality on pairs whose published scores differ (a tie in true quality counts as wrong).
+        order of quality on pairs whose published scores differ; where qualities tie it guesses, right half
+        the time.
 
     Raises:
         ValueError: more questions than there are different titles.
     """
     draw = random.Random(seed)
-    keys = world()
-    titles = [(k, t, o) for k in range(len(keys)) for t in range(4) for o in range(len(OPENERS))]
-    if questions > len(titles):
-        raise ValueError(
-            f"data.sample.questions ({questions}) exceeds the {len(titles)} titles of the sample site"
-        )
     site = _Site(draw)
-    for k, t, o in draw.sample(titles, questions):
-        site.ask(keys[k], title=OPENERS[o] + TEMPLATES[keys[k].kind][t].format(*keys[k].slots))
+    for key, title, wording, is_held_out in asked(questions, held_out, draw):
+        site.ask(key, title, wording, is_held_out)
     site.litter()
     target = folder / SITE
     target.mkdir(parents=True, exist_ok=True)
@@ -130,9 +152,7 @@ class _Site:
         self.draw = draw
         self.rows: list[dict[str, str]] = []
         self.expected: list[dict[str, object]] = []
-        self.groups: list[
-            list[tuple[int, int]]
-        ] = []  # per question: (true quality, published score) of each answer
+        self.groups: list[list[tuple[float, int]]] = []  # of each answer: true quality, published score
         self.right = 0
         self.clock = datetime(2020, 1, 1)
 
@@ -151,28 +171,41 @@ class _Site:
         self.rows.append(row | {"ContentLicense": "CC BY-SA 4.0"})
         return self.rows[-1]
 
-    def ask(self, key: Key, title: str) -> None:
+    def ask(self, key: Key, title: str, wording: str, is_held_out: bool) -> None:
         """One question with two to five answers."""
         draw = self.draw
         question = self._post(
             1, draw.randint(-1, 9), draw.choice(BODIES), Title=title, Tags=f"<{key.kind}><sample>"
         )
-        self.expected.append({"question_id": int(question["Id"]), "kind": key.kind, "expected": key.value})
-        answers = []
+        answers, styles = [], {}
         for _ in range(draw.choice((2, 3, 3, 4, 4, 5))):
-            value, style = draw_value(key, draw), draw.choice((1, 0, -1))
-            quality = 3 * (value == key.value) + style
+            value, style = draw_value(key, draw), draw.choice(tuple(STYLES))
+            quality = quality_of(value == key.value, style)
             votes = votes_of(quality, draw.gauss(0, QUALITY_NOISE))
             body = draw.choice(STYLES[style]).format(value)
             row = self._post(2, votes, body, ParentId=question["Id"])
             answers.append((quality, votes, row["Id"]))
+            styles[row["Id"]] = style
             self.right += value == key.value
-        best = max(answers, key=lambda a: (a[0], a[1]))
-        accepted = best[2] if best[0] >= 2 and draw.random() < 0.6 else None
+        right = [number for quality, _, number in answers if quality > RIGHT / 2]
+        accepted = right[0] if len(right) == 1 and draw.random() < 0.6 else None  # of two, style would decide
         if accepted:
             question["AcceptedAnswerId"] = accepted
         question["AnswerCount"] = str(len(answers))
         self.groups.append([(q, _score(v, i == accepted)) for q, v, i in answers])
+        self.expected.append(
+            {
+                "question_id": int(question["Id"]),
+                "kind": key.kind,
+                "expected": key.value,
+                "cluster": key.name,
+                "wording": wording,
+                "misleads": key.misleads,
+                "wrong": sorted(set(key.wrong)),
+                "styles": styles,
+                "held_out": is_held_out,
+            }
+        )
 
     def litter(self) -> None:
         """What real dumps have besides questions and answers: orphans, tag wikis, an empty answer."""
@@ -198,7 +231,9 @@ class _Site:
     def facts(self) -> dict[str, float]:
         """Counts and the ceiling."""
         pairs = [(a, b) for group in self.groups for a, b in combinations(group, 2) if a[1] != b[1]]
-        agree = sum((a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in pairs)
+        agree = sum(
+            0.5 * (1 + math.copysign(1, a[1] - b[1]) * ((a[0] > b[0]) - (a[0] < b[0]))) for a, b in pairs
+        )
         answers = sum(map(len, self.groups))
         return {"questions": len(self.groups), "answers": answers, "right_share": self.right / answers,
                 "pairs": len(pairs), "ceiling": agree / len(pairs) if pairs else math.nan}  # fmt: skip

@@ -9,7 +9,7 @@ import re
 import sys
 import unicodedata
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 
 import numpy as np
@@ -37,9 +37,11 @@ class Clusters:
 
     def __init__(self, count: int) -> None:
         self._leader = array("q", range(count))
+        self._joined: set[int] = set()
 
     def join(self, a: int, b: int) -> None:
         """Make a and b, and all that were joined to either, one cluster."""
+        self._joined |= {a, b}
         a, b = self.leader(a), self.leader(b)
         self._leader[max(a, b)] = min(a, b)
 
@@ -50,29 +52,51 @@ class Clusters:
             leader[number] = number = leader[leader[number]]
         return number
 
+    def leaders(self) -> set[int]:
+        """Those that lead others than themselves."""
+        return {self.leader(number) for number in self._joined}
+
 
 class Homes:
     """Which split each question goes to; a cluster goes where its smallest (site, id) goes.
 
     Attributes:
         moved: questions that are not where their own hash would have put them.
+        cluster: of the last question: "site/id" of its cluster's smallest.
     """
 
-    def __init__(self, clusters: Clusters, shares: Mapping[str, float]) -> None:
-        self.moved = 0
-        self._clusters, self._shares = clusters, shares
+    def __init__(
+        self,
+        clusters: Clusters,
+        shares: Mapping[str, float],
+        held_out: Collection[tuple[str, int]] | None = None,
+    ) -> None:
+        """`held_out`: the (site, id) of the last split, which then has no others; None: shares decide."""
+        self.moved, self.cluster = 0, ""
+        self._clusters, self._held_out = clusters, held_out
         self._names = list(shares)
+        kept = self._names if held_out is None else self._names[:-1]
+        self._shares = {name: shares[name] for name in kept}
         self._homes = bytearray()
+        self._leaders = dict.fromkeys(clusters.leaders(), "")
 
     def next(self, site: str, number: int) -> str:
         """The split of the next question; to be asked in the order of (site, id)."""
         place = len(self._homes)
-        own = self._names.index(split_of(site, number, self._shares))
+        own = self._names.index(self._own(site, number))
         leader = self._clusters.leader(place)
         home = own if leader == place else self._homes[leader]
         self.moved += home != own
         self._homes.append(home)
+        if leader == place and leader in self._leaders:
+            self._leaders[leader] = f"{site}/{number}"
+        self.cluster = self._leaders.get(leader) or f"{site}/{number}"
         return self._names[home]
+
+    def _own(self, site: str, number: int) -> str:
+        if self._held_out is not None and (site, number) in self._held_out:
+            return self._names[-1]
+        return split_of(site, number, self._shares)
 
 
 def marks(questions: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:

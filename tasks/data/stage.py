@@ -25,7 +25,7 @@ from tasks.data.parallel import Crew
 from tasks.data.posts import read_dump
 from tasks.data.progress import Progress
 from tasks.data.questions import Gather, gather
-from tasks.data.schema import KEYS, SCHEMA
+from tasks.data.schema import KEYS, KNOWN_LATER, SCHEMA
 from tasks.data.shapes import read_shape
 from tasks.data.shelf import Shelf
 from tasks.data.sources import DumpError, Source, find_sources, refuse_other_files, site_of
@@ -35,7 +35,7 @@ from tasks.run.layout import Layout, StageResult
 from tasks.run.parquet import TableWriter
 from tasks.run.tracking import log_artifact, log_dataset
 
-Expected = dict[tuple[str, int], tuple[str, str]]  # (site, id) -> (kind, right answer)
+Known = dict[tuple[str, int], dict]  # (site, id) -> what the sample site knows, a row of its expected.jsonl
 INLINE_CHARACTERS = 16_000_000  # below, other processes would take longer to start than to help
 
 
@@ -54,11 +54,11 @@ def run(params: Params, layout: Layout) -> StageResult:
     work.mkdir()
     try:
         if params.data.source == "sample":
-            sources, expected, facts = _sample_site(params, work)
+            sources, known, facts = _sample_site(params, work)
         else:
-            sources, expected, facts = find_sources(params.data.source, layout.root / "data" / "raw"), {}, {}
+            sources, known, facts = find_sources(params.data.source, layout.root / "data" / "raw"), {}, {}
         with connect(work, params.machine.threads) as base, Crew(params.machine.threads) as crew:
-            metrics = _prepare(sources, expected, params, layout, work, base, crew)
+            metrics = _prepare(sources, known, params, layout, work, base, crew)
     finally:
         remove(work)
     _remember(params, layout, metrics, [] if params.data.source == "sample" else sources)
@@ -68,7 +68,7 @@ def run(params: Params, layout: Layout) -> StageResult:
 
 def _prepare(
     sources: list[Source],
-    expected: Expected,
+    known: Known,
     params: Params,
     layout: Layout,
     work: Path,
@@ -88,11 +88,12 @@ def _prepare(
     drops += more
     _refuse_empty_sources(base, sites, shelf, params.data.min_answers)
     clusters = cluster(base, work / "questions.parquet", shelf.links)
-    homes = Homes(clusters, {name: getattr(params.data.split, name) for name in SPLITS})
+    held_out = {key for key, row in known.items() if row["held_out"]} or None
+    homes = Homes(clusters, {name: getattr(params.data.split, name) for name in SPLITS}, held_out)
     tally = Tally()
     with ExitStack() as outs:  # all are staged before the first takes its place
         files = {n: outs.enter_context(staged(layout.artifact("data", f"{n}.parquet"))) for n in SPLITS}
-        _write(_routed(parts, homes), files, tally, expected, params.machine.threads)
+        _write(_routed(parts, homes), files, tally, known, params.machine.threads)
         _refuse_empty_splits(tally)
         overlap = overlaps(base, files, crew)
         if any(overlap.values()):  # no assert: with PYTHONOPTIMIZE it would not be asked
@@ -152,7 +153,9 @@ def _routed(parts: list[Path], homes: Homes) -> Iterator[dict[str, pa.Table]]:
             table = pa.ipc.open_file(source).read_all()
         path.unlink()
         keys = zip(table["site"].to_pylist(), table["id"].to_pylist(), strict=True)
-        names = pa.array([homes.next(*key) for key in keys], pa.string())
+        found = [(homes.next(*key), homes.cluster) for key in keys]
+        names = pa.array([home for home, _ in found], pa.string())
+        table = _with(table, "cluster", pa.array([cluster for _, cluster in found], pa.string()))
         yield {name: table.filter(pa.compute.equal(names, name)) for name in SPLITS}
 
 
@@ -160,7 +163,7 @@ def _write(
     parts: Iterator[dict[str, pa.Table]],
     files: dict[str, Path],
     tally: Tally,
-    expected: Expected,
+    known: Known,
     threads: int,
 ) -> None:
     with ExitStack() as stack:
@@ -171,7 +174,7 @@ def _write(
             for name, questions in part.items():
                 tally.add(name, questions)
                 part[name] = questions.select(SCHEMA.names)
-            part["eval"] = _with_expected(part["eval"], expected)
+            part["eval"] = _with_known(part["eval"], known) if known else part["eval"]
             for future in running:
                 future.result()
             running = [pool.submit(writers[name].write, table) for name, table in part.items()]
@@ -203,25 +206,34 @@ def _refuse_empty_splits(tally: Tally) -> None:
             raise ValueError(f"data.split.{name}: no question fell into it ({counts})")
 
 
-def _sample_site(params: Params, work: Path) -> tuple[list[Source], Expected, dict[str, float]]:
+def _sample_site(params: Params, work: Path) -> tuple[list[Source], Known, dict[str, float]]:
     """Write the sample site in the official format, for the real reader, where nothing keeps it."""
     from tasks.data.sample import write_site
     from tasks.run.devices import derive_seed
 
-    facts = write_site(work, params.data.sample.questions, derive_seed(params.seed, "data", "sample"))
+    shares, seed = params.data.split, derive_seed(params.seed, "data", "sample")
+    held_out = shares.eval / sum(getattr(shares, name) for name in SPLITS)
+    facts = write_site(work, params.data.sample.questions, seed, held_out)
     print("data: sample site: " + ", ".join(f"{key} {value:g}" for key, value in facts.items()), flush=True)
     (posts,) = work.glob("*/Posts.xml")
     site = site_of(posts)
     rows = map(json.loads, posts.with_name("expected.jsonl").read_text(encoding="utf-8").splitlines())
-    expected = {(site, row["question_id"]): (row["kind"], row["expected"]) for row in rows}
-    return [Source(posts, site)], expected, facts
+    return [Source(posts, site)], {(site, row["question_id"]): row for row in rows}, facts
 
 
-def _with_expected(questions: pa.Table, expected: Expected) -> pa.Table:
-    """The right answers are for policy_eval alone, so they enter the eval split and no other."""
+def _with_known(questions: pa.Table, known: Known) -> pa.Table:
+    """The right answers are for the two evaluations alone, so they enter the eval split and no other."""
     keys = zip(questions["site"].to_pylist(), questions["id"].to_pylist(), strict=True)
-    found = [expected.get(key, (None, None)) for key in keys]
-    for place, name in enumerate(("kind", "expected")):
-        column = pa.array([one[place] for one in found], pa.string())
-        questions = questions.set_column(SCHEMA.get_field_index(name), SCHEMA.field(name), column)
-    return questions
+    found = [known[key] for key in keys]
+    for name in KNOWN_LATER:
+        questions = _with(questions, name, pa.array([row[name] for row in found], SCHEMA.field(name).type))
+    answers = [
+        [answer | {"style": row["styles"].get(str(answer["id"]))} for answer in group]
+        for row, group in zip(found, questions["answers"].to_pylist(), strict=True)
+    ]
+    return _with(questions, "answers", pa.array(answers, SCHEMA.field("answers").type))
+
+
+def _with(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    place = table.schema.get_field_index(name)
+    return table.set_column(place, table.schema.field(place), column)

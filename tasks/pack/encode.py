@@ -13,7 +13,7 @@ import pyarrow as pa
 from params.schema import PackParams
 from tasks.lm.prompt import encode_documents, encode_prompts, response_of
 from tasks.pack.pairs import preference_pairs
-from tasks.pack.records import GROUPS, PROMPTS, TOKENS, is_validation
+from tasks.pack.records import GROUPS, KNOWN, PROMPTS, TOKENS, is_validation
 
 TOLD = [pa.field("left_out", pa.string()), pa.field("touched", pa.int32())]
 DOCUMENTS = pa.schema(
@@ -81,6 +81,7 @@ class Groups:
     tokenizer: Any
     pack: PackParams
     later_wins: bool = False  # only pairs whose better answer was posted later
+    is_held_out: bool = False  # only then the rows tell what is known of the right answer
 
     def __call__(self, questions: pa.Table) -> pa.Table:
         """One batch; raises as `Documents`."""
@@ -108,6 +109,7 @@ class Groups:
             "site": question["site"],
             "question_id": question["id"],
             "question": question["text"],
+            **_known(question, self.is_held_out),
             "prompt": encoded.prompt,
             "answers": [
                 {
@@ -118,6 +120,7 @@ class Groups:
                     "created": a["created"],
                     "has_code": "`" in a["text"],
                     "text": a["text"],
+                    "style": a["style"],
                 }
                 for a, response in encoded.answered
             ],
@@ -131,14 +134,11 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Prompts of at most `pack.prompt_tokens`; longer ones are left out or truncated: `PROMPTS`.
-
-    Only eval carries what is expected.
-    """
+    """Prompts of at most `pack.prompt_tokens`; longer ones are left out or truncated: `PROMPTS`."""
 
     tokenizer: Any
     pack: PackParams
-    with_expected: bool
+    is_held_out: bool = False  # only then the rows tell what is known of the right answer
 
     def __call__(self, questions: pa.Table) -> pa.Table:
         """One batch."""
@@ -154,8 +154,7 @@ class Prompts:
             "question_id": question["id"],
             "question": question["text"],
             "prompt": self._shortened(prompt) if is_long else prompt,
-            "kind": question["kind"] if self.with_expected else None,
-            "expected": question["expected"] if self.with_expected else None,
+            **_known(question, self.is_held_out),
             "is_validation": is_validation(question["site"], question["id"]),
             "left_out": PROMPTS_TOO_LONG if is_long and drop else None,
             "touched": int(is_long and not drop),
@@ -205,3 +204,7 @@ def _fitted(
     elif not (split and pack.long_documents == "split"):
         answered = [(a, r[:room]) for a, r in answered]
     return _Encoded(prompt, answered, None, touched)
+
+
+def _known(question: Row, is_held_out: bool) -> Row:
+    return {name: question[name] if is_held_out or name == "cluster" else None for name, _ in KNOWN}

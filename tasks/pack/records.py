@@ -26,13 +26,23 @@ ANSWER = pa.struct(
         ("created", pa.string()),
         ("has_code", pa.bool_()),
         ("text", pa.string()),
+        ("style", pa.string()),
     ]
 )
+KNOWN = [  # of a question; only eval carries more than its cluster
+    ("cluster", pa.string()),
+    ("kind", pa.string()),
+    ("expected", pa.string()),
+    ("wording", pa.string()),
+    ("misleads", pa.bool_()),
+    ("wrong", pa.list_(pa.string())),
+]
 GROUPS = pa.schema(
     [
         ("site", pa.string()),
         ("question_id", pa.int64()),
         ("question", pa.string()),
+        *KNOWN,
         ("prompt", TOKENS),
         ("answers", pa.list_(ANSWER)),  # tokens: the response, which follows the prompt
         ("pairs", pa.list_(pa.list_(pa.int32()))),  # [better, worse], indices of answers
@@ -46,8 +56,7 @@ PROMPTS = pa.schema(
         ("question_id", pa.int64()),
         ("question", pa.string()),
         ("prompt", TOKENS),
-        ("kind", pa.string()),
-        ("expected", pa.string()),
+        *KNOWN,
         ("is_validation", pa.bool_()),
     ]
 )

@@ -66,10 +66,11 @@ def _run(params: Params, layout: Layout, splits: dict[str, Path], tokenizer, wor
     for part, (_, names) in PARTS.items():
         for name in names:
             exposure = pack.exposure if name in LEARNT else "any"
+            is_held_out = name == "eval"
             function = {
                 "rows": Documents(tokenizer, pack),
-                "groups": Groups(tokenizer, pack, later_wins=exposure == "later_wins"),
-                "prompts": Prompts(tokenizer, pack, with_expected=name == "eval"),
+                "groups": Groups(tokenizer, pack, exposure == "later_wins", is_held_out),
+                "prompts": Prompts(tokenizer, pack, is_held_out),
             }[part]
             found[part, name] = mapped(splits[name], function, params.machine.threads, work / part)
             count.update(_counted(part, name, found[part, name], pack.long_documents))

@@ -47,13 +47,14 @@ def test_columns(layout, two_sites):
     types = {field.name: str(field.type) for field in schema if field.name != "answers"}
     assert types == {
         "site": "string", "id": "int64", "title": "string", "text": "string", "created": "string",
-        "owner_id": "int64", "licence": "string", "tags": "list<element: string>", "kind": "string",
-        "expected": "string",
+        "owner_id": "int64", "licence": "string", "tags": "list<element: string>",
+        "cluster": "string", "kind": "string", "expected": "string", "wording": "string", "misleads": "bool",
+        "wrong": "list<element: string>",
     }  # fmt: skip
     answer = {field.name: str(field.type) for field in schema.field("answers").type.value_type}
     assert answer == {
         "id": "int64", "text": "string", "score": "int32", "votes": "int32", "accepted": "bool",
-        "created": "string", "owner_id": "int64", "licence": "string",
+        "created": "string", "owner_id": "int64", "licence": "string", "style": "string",
     }  # fmt: skip
     assert all(pq.read_schema(layout.artifact("data", f"{name}.parquet")) == schema for name in SPLITS)
 
@@ -97,11 +98,13 @@ def test_one_question_by_hand(layout, xml, site, question, answer):
     run(params("unix.example.Posts.xml"), layout)
     (row,) = [row for rows in tables(layout).values() for row in rows if row["id"] == 999]
     time, licence = "2020-01-02T03:04:05.000", "CC BY-SA 4.0"
-    both = {"created": time, "licence": licence}
+    both = {"created": time, "licence": licence, "style": None}
+    unknown = dict.fromkeys(("kind", "expected", "wording", "misleads", "wrong"))  # for the sample site alone
     zero = {"score": 0, "votes": 0, "accepted": False, "owner_id": None}
     assert row == {
         "site": "unix.example", "id": 999, "title": "List files", "text": "List files\n\nHow?", "tags": [],
-        "owner_id": None, "kind": None, "expected": None, **both, "answers": [
+        "owner_id": None, "created": time, "licence": licence, "cluster": "unix.example/999", **unknown,
+        "answers": [
             both | zero | {"id": 1000, "text": "Answer 1000."},
             both | {"id": 1001, "text": "Answer 1001.", "score": 3, "votes": 2, "accepted": True}
             | {"owner_id": 5},

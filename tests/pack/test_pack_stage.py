@@ -11,7 +11,7 @@ from pyarrow import parquet
 from tasks.lm.loading import load_tokenizer
 from tasks.lm.prompt import document_text, prompt_text
 from tasks.pack import run
-from tasks.pack.records import is_validation
+from tasks.pack.records import KNOWN, is_validation
 
 LONG = " ".join(f"word{n}" for n in range(80))
 
@@ -159,10 +159,13 @@ def test_prompts_and_who_knows_what_is_expected(packed):
         for row in prompts:
             assert tokenizer.decode(row["prompt"]) == prompt_text(known[row["question_id"]]["text"])
             assert len(row["prompt"]) <= params.pack.prompt_tokens
-            wanted = known[row["question_id"]] if split == "eval" else {"expected": None, "kind": None}
-            assert (row["expected"], row["kind"]) == (wanted["expected"], wanted["kind"])
-    for part in ("rows/sft", "groups/reward", "groups/eval"):
-        assert "expected" not in parquet.read_schema(layout.artifact("pack", f"{part}.parquet")).names
+            for name, _ in KNOWN:
+                told = split == "eval" or name == "cluster"
+                wanted = known[row["question_id"]].get(name) if told else None
+                assert row[name] == wanted, name
+    for part in ("reward", "judge", "eval"):
+        given = {row["expected"] for row in table(layout, "groups", f"{part}.parquet")}
+        assert (given == {None}) == (part != "eval")
 
 
 def test_validation_is_two_percent_by_hash_and_whole_questions(packed):
