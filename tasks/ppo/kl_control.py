@@ -20,6 +20,7 @@ ROUNDING_NATS = 1e-3  # a KL this little below zero is noise of float32
 RUN_HORIZONS = 10  # horizons in a run: its price may move by a factor of e in a tenth of it
 FEWEST_UPDATES = 30  # the price of a shorter run moves no faster than in one of these
 PROPORTIONAL = 0.8  # of an error's change, at once: as much as a policy that follows in two updates bears
+CHEAPEST = 0.1  # of the first price; a run that cannot spend more is not paid to try, and nothing is to be undone
 RAMP = 0.4  # share of the run in which what may be spent grows to the target
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class KLController:
 
     def __init__(self, value: float, target: float | None, horizon: float) -> None:
         self.value, self.target, self.horizon = value, target, horizon
+        self.least = 0.0  # the price never falls below it
         self.updates = 0  # rollouts that were told
         self.error: float | None = None  # of the last of them, where the next one is compared with it
 
@@ -50,7 +52,7 @@ class KLController:
                 "KL to the reference is %.2f nats: are the responses samples of this policy?", kl_nats
             )
         if self.target is not None and kl_nats > -ROUNDING_NATS:
-            self.value *= self._factor(kl_nats, responses / self.horizon)
+            self.value = max(self.value * self._factor(kl_nats, responses / self.horizon), self.least)
         self.updates += 1
 
     def _factor(self, kl_nats: float, share: float) -> float:
@@ -83,7 +85,8 @@ class PacedKLController(KLController):
 
     The horizon is a tenth of the run. The first part is Ziegler's law, to first order; but an error counts up
     to a factor of e, where TRL counts a fifth. The second part answers a KL that is on its way. Together: a
-    controller of proportional and integral parts over logarithms, in incremental form.
+    controller of proportional and integral parts over logarithms, in incremental form. The price never falls
+    below a tenth of the first one: where learning is too slow to spend the target, no price helps.
 
     Args:
         value: price at the start, score units per nat; above 0.
@@ -95,6 +98,7 @@ class PacedKLController(KLController):
     def __init__(self, value: float, target: float, updates: int, responses: int) -> None:
         super().__init__(value, target, max(updates, FEWEST_UPDATES) * responses / RUN_HORIZONS)
         self.ramp = RAMP * updates  # rollouts
+        self.least = CHEAPEST * value
 
     def _factor(self, kl_nats: float, share: float) -> float:
         allowed = self.target * min(1.0, self.updates / self.ramp) ** 1.5

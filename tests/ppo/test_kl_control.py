@@ -141,6 +141,18 @@ def test_half_the_run_reaches_the_target_whatever_the_first_price(updates, start
 
 
 @pytest.mark.parametrize("start", [0.2, 5])
+def test_a_policy_too_slow_for_its_target_does_not_run_away_with_the_price():
+    """At no price does it spend the target by mid-run; when it arrives it is stopped there."""
+    controller, kl, root = PacedKLController(RIGHT, TARGET, 60, 128), [], 0.0
+    for _ in range(60):
+        kl.append(root**2)
+        controller.update(kl[-1], 128)
+        rest = math.sqrt(TARGET) * (RIGHT / controller.value) ** 0.65
+        root += max(-0.03, min(0.03, (rest - root) / 4)) * math.sqrt(TARGET)
+        assert controller.value >= 0.1 * RIGHT
+    assert kl[30] < 0.85 * TARGET and max(kl) < 1.8 * TARGET, (kl[30], max(kl))
+
+
 def test_trls_horizon_does_not_move_a_short_run(start):
     found = over_target(lambda: KLController(start * RIGHT, TARGET, 10000), 50, lag=0.1, power=1.3)
     assert not 0.4 < found["late"] < 2.5, found
