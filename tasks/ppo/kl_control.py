@@ -20,7 +20,7 @@ ROUNDING_NATS = 1e-3  # a KL this little below zero is noise of float32
 RUN_HORIZONS = 10  # horizons in a run: its price may move by a factor of e in a tenth of it
 FEWEST_UPDATES = 30  # the price of a shorter run moves no faster than in one of these
 PROPORTIONAL = 0.8  # of an error's change, at once: as much as a policy that follows in two updates bears
-CHEAPEST = 0.1  # of the first price; a run that cannot spend more is not paid to try, and nothing is to be undone
+CHEAPEST = 0.1  # of the first price: what cannot be spent now is not spent sooner by a lower one
 RAMP = 0.4  # share of the run in which what may be spent grows to the target
 _log = logging.getLogger(__name__)
 
