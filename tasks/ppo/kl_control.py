@@ -41,7 +41,6 @@ class KLController:
 
     def __init__(self, value: float, target: float | None, horizon: float) -> None:
         self.value, self.target, self.horizon = value, target, horizon
-        self.least = 0.0  # the price never falls below it
         self.updates = 0  # rollouts that were told
         self.error: float | None = None  # of the last of them, where the next one is compared with it
 
@@ -52,7 +51,7 @@ class KLController:
                 "KL to the reference is %.2f nats: are the responses samples of this policy?", kl_nats
             )
         if self.target is not None and kl_nats > -ROUNDING_NATS:
-            self.value = max(self.value * self._factor(kl_nats, responses / self.horizon), self.least)
+            self.value *= self._factor(kl_nats, responses / self.horizon)
         self.updates += 1
 
     def _factor(self, kl_nats: float, share: float) -> float:
@@ -85,8 +84,8 @@ class PacedKLController(KLController):
 
     The horizon is a tenth of the run. The first part is Ziegler's law, to first order; but an error counts up
     to a factor of e, where TRL counts a fifth. The second part answers a KL that is on its way. Together: a
-    controller of proportional and integral parts over logarithms, in incremental form. The price never falls
-    below a tenth of the first one: where learning is too slow to spend the target, no price helps.
+    controller of proportional and integral parts over logarithms, in incremental form. Below a tenth of the
+    first price nothing is added up: where learning is too slow to spend the target, no price helps.
 
     Args:
         value: price at the start, score units per nat; above 0.
@@ -98,7 +97,7 @@ class PacedKLController(KLController):
     def __init__(self, value: float, target: float, updates: int, responses: int) -> None:
         super().__init__(value, target, max(updates, FEWEST_UPDATES) * responses / RUN_HORIZONS)
         self.ramp = RAMP * updates  # rollouts
-        self.least = CHEAPEST * value
+        self.least = CHEAPEST * value  # below it the error is not added up
 
     def _factor(self, kl_nats: float, share: float) -> float:
         allowed = self.target * min(1.0, self.updates / self.ramp) ** 1.5
@@ -107,6 +106,8 @@ class PacedKLController(KLController):
         error = math.log(max(kl_nats, ROUNDING_NATS * self.target) / allowed)
         error = min(max(error, -1.0), 1.0)
         change, self.error = 0.0 if self.error is None else error - self.error, error
+        if error < 0 and self.value <= self.least:
+            share = 0.0
         return math.exp(error * share + PROPORTIONAL * change)
 
 
