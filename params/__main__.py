@@ -56,9 +56,9 @@ def use(preset: str, settings: list[str]) -> str:
 
     Args:
         preset: a name in params/presets.
-        settings: "dotted.key=value"; `data.source` takes paths, `model.base` and `reward.base` a folder or a
-            Hub id; each also takes what is recorded already, whether it is here or not. `data.eval_sites`
-            takes names with commas between, as `data.source` does.
+        settings: "dotted.key=value"; `data.source` takes paths, `model.base`, `reward.base` and
+            `reward.judge_base` a folder or a Hub id; each also takes what is recorded already, whether it is
+            here or not. `data.eval_sites` takes names with commas between, as `data.source` does.
 
     Returns:
         One line for the user.

@@ -102,8 +102,13 @@ def _ppo(params: Params, shape: Shape, processes: int, device: Device) -> Estima
         shape, forward, ppo.dtype, trained=trained, base=_base(params), recompute=ppo.gradient_checkpointing
     )
     memory["reference"] = 4 * shape.parameters / GB if trained == shape.parameters else 0.0
-    are_beside = ppo.lora_rank and params.reward.lora_rank and not params.reward.base  # on the policy's base
-    memory["scores"] = 2 * 4 * (shape.of_lora(params.reward.lora_rank) if are_beside else shape.of_trunk) / GB
+    reward = params.reward
+    are_beside = ppo.lora_rank and reward.lora_rank  # where both are adapters, and no other base is named
+    sizes = (
+        shape.of_trunk if base or not are_beside else shape.of_lora(reward.lora_rank)
+        for base in (reward.base, reward.judge_base)
+    )
+    memory["scores"] = 4 * sum(sizes) / GB
     side_by_side = min(rows, machine.decode_rows)
     decode = kv_cache(shape, side_by_side, whole, ppo.dtype) / GB
     memory["cache"] = max(0.0, decode - memory["activations"])  # its memory serves the update afterwards

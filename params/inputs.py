@@ -19,7 +19,11 @@ from params.load import ParamsError
 from params.schema import Params
 
 RAW = Path("data/raw")
-BASES = {"model.base": Path("data/base"), "reward.base": Path("data/reward_base")}
+BASES = {
+    "model.base": Path("data/base"),
+    "reward.base": Path("data/reward_base"),
+    "reward.judge_base": Path("data/judge_base"),
+}
 KEYS = {RAW: "data.source"} | {folder: key for key, folder in BASES.items()}
 HUB = "hf://datasets/"  # not linked: the data stage streams it
 KNOWN_HASHES = Path("scratch/inputs.json")  # of this machine: what was hashed need not be hashed again
@@ -146,7 +150,12 @@ def unrecorded(root: Path, folder: Path, name: str) -> str:
 
 def base_of(params: Params, folder: Path) -> str:
     """The base model whose files the folder is for, as params.yaml names it; empty for the dumps' folder."""
-    return {BASES["model.base"]: params.model.base, BASES["reward.base"]: params.reward.base}.get(folder, "")
+    named = {
+        "model.base": params.model.base,
+        "reward.base": params.reward.base,
+        "reward.judge_base": params.reward.judge_base,
+    }
+    return next((named[key] for key, place in BASES.items() if place == folder), "")
 
 
 def names_read(params: Params, folder: Path, record: Record) -> list[str]:

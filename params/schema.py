@@ -266,6 +266,14 @@ class RewardParams(Section):
     without_eos_share: Share = Field(
         0, description="chance of an answer to be read without its eos in training, as cut responses are"
     )
+    judge_base: str = Field(
+        "",
+        description="as `base`, for the judge; empty: model.base as it came, or new weights of model.config",
+    )
+    judge_revision: str = Field("main", description="Hub revision of `judge_base`; a folder has none")
+    judge_style_offset: float = Field(
+        1, ge=0, description="share of what length and style alone tell that the judge need not learn"
+    )
     lora_rank: int = Field(0, ge=0, description="of an adapter, which is merged at the end; 0: all weights")
     lora_alpha: Positive = Field(16, description="the adapter's outputs are multiplied by alpha / rank")
     num_layers_unfrozen: int | None = Field(
@@ -294,6 +302,7 @@ class RewardParams(Section):
         if not self.base:
             raise ValueError("reward.way is frozen_style, which needs an encoder: name one in reward.base")
         why = dict.fromkeys(("lora_rank", "num_layers_unfrozen", "max_steps"), "trains no layer")
+        why["judge_base"] = "reads reward.base for both"
         why |= {"length_offset": "knows length", "center_rewards_coefficient": "has no mean to drift"}
         for name, reason in why.items():
             if getattr(self, name):
@@ -316,6 +325,9 @@ class RewardEvalParams(Section):
 class MonitorParams(Section):
     """How far responses may move from SFT's while the score rises, before that is called suspect."""
 
+    reward: Literal["proxy", "truth"] = Field(
+        "proxy", description="truth: the score is what is meant, and no rise of it is suspect"
+    )
     responses: int = Field(
         256, ge=1, description="about how many a look at held-out prompts samples, as many to each prompt"
     )
@@ -329,10 +341,16 @@ class MonitorParams(Section):
     agreement_fall: Share = Field(
         0.5, description="of the correlation of score and judge over single responses, share of SFT's"
     )
-    kl_nats: Positive = Field(10.0, description="most KL to SFT, nats per response")
+    kl_factor: Positive = Field(
+        2.0, description="most KL to SFT, in times ppo.target; of kl_budget_nats where select spends more"
+    )
+    kl_nats: Positive | None = Field(
+        None, description="most KL to SFT, nats per response; null: kl_factor decides"
+    )
     length_factor: float = Field(
         1.5, gt=1, description="so many times as long as SFT's responses, or as short"
     )
+    length_share: Share = Field(0.1, description="and by this share of ppo.response_tokens")
     entropy_fall: Share = Field(0.5, description="of the policy's entropy per token, share of SFT's")
     distinct_fall: Share = Field(0.3, description="of distinct bigrams, share of SFT's")
     repetition_rise: Share = Field(0.05, description="of trigrams that stood in the response before")
@@ -366,7 +384,11 @@ class PPOParams(Section):
     init_kl_coef: float = Field(0.2, ge=0, description="price of KL at the start, score units per nat")
     adap_kl_ctrl: bool = Field(True, description="adapt the price towards `target` (arXiv 1909.08593, 2.2)")
     target: Positive = Field(6.0, description="wanted KL per response, nats")
-    horizon: int = Field(10000, ge=1, description="responses over which the price adapts")
+    horizon: int | None = Field(
+        10000,
+        ge=1,
+        description="responses over which the price adapts; null: so that `target` is reached by mid-run",
+    )
     kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = Field(
         "kl", description="of a token: log ratio (k1), its size, half its square (k2), k3, or the whole sum"
     )
@@ -449,6 +471,11 @@ class PPOParams(Section):
             )
         if self.optimizer == "adam" and self.weight_decay:
             raise ValueError(f"ppo.weight_decay is {self.weight_decay}, and ppo.optimizer adam takes none")
+        if self.horizon is None and self.adap_kl_ctrl and not self.init_kl_coef:
+            raise ValueError(
+                "ppo.init_kl_coef is 0, which no factor moves towards ppo.target: give a price above 0, or "
+                "ppo.adap_kl_ctrl false"
+            )
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("ppo.use_score_norm needs ppo.use_score_scaling")
         return self

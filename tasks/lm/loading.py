@@ -126,6 +126,26 @@ def load_encoder(
     return _load(AutoModel, base, key, revision=revision, **cut, **keys)
 
 
+def create_reward(like: str | Path, key: str = "model.base"):
+    """A sequence-classification model with one label and new weights, of the shape of one on disk.
+
+    Args:
+        like: folder or Hub id of a causal or a sequence-classification model.
+        key: what names it, for messages.
+
+    Raises:
+        ValueError: it has no configuration, or none of a model that scores.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    try:
+        config = AutoConfig.from_pretrained(str(like), num_labels=1)
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{key}: cannot make a model like {like}: {_one_line(error)}") from error
+
+
 def create_causal(config: dict, tokenizer):
     """A causal language model made from nothing; `config` holds transformers' keys and `model_type`.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tasks.lm.ends import closed, same_words
 from tasks.lm.frozen_style import HEAD, FrozenStyle, Head
-from tasks.lm.loading import fit_embeddings, load_encoder, load_reward, load_tokenizer
+from tasks.lm.loading import create_reward, fit_embeddings, load_encoder, load_reward, load_tokenizer
 from tasks.lm.prompt import CLEAN, decode_responses, parted, without_eos
 from tasks.lm.reading import encode
 from tasks.lm.scoring import is_encoder, room_of, score_documents
@@ -71,6 +71,7 @@ class RewardModel:
         revision: str = "main",
         key: str = "artifacts/reward/model",
         policy_ends: Sequence[int] = (),
+        is_new: bool = False,
         **keys: Any,
     ) -> RewardModel:
         """From a folder or the Hub.
@@ -82,6 +83,7 @@ class RewardModel:
             revision: on the Hub.
             key: names `base` in messages.
             policy_ends: tokens beside that tokenizer's eos which end a response (:mod:`tasks.lm.ends`).
+            is_new: whether only shape and tokenizer are taken from `base`, and the weights are new.
             keys: for transformers' `from_pretrained`.
 
         Raises:
@@ -90,10 +92,10 @@ class RewardModel:
         A folder with a head.json is read as :class:`tasks.lm.frozen_style.FrozenStyle`.
         """
         tokenizer = load_tokenizer(base, revision, key, needs_eos=False)
-        if (Path(base) / HEAD).is_file():
+        if (Path(base) / HEAD).is_file() and not is_new:
             texts = load_frozen_style(base, tokenizer, device, key)
             return cls(texts.encoder, tokenizer, policy_tokenizer, False, tuple(policy_ends), texts)
-        model = load_reward(base, revision, key, **keys)
+        model = create_reward(base, key) if is_new else load_reward(base, revision, key, **keys)
         if tokenizer.eos_token_id is None and not is_encoder(model):
             raise ValueError(f"{key}: the tokenizer of {base} has no eos token")
         fit_embeddings(model, tokenizer)

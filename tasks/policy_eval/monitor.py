@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from params.schema import MonitorParams, Params
+from params.schema import Params, PPOParams
 from tasks.lm.ends import ends_of
 from tasks.lm.reward_model import scale_of
 from tasks.lm.roads import take_road
@@ -61,7 +61,7 @@ def monitored(
         looks.append(
             look_at(answers, answers.judged.ravel(), ends, scales=scales, kl_nats=kl, entropy_nats=entropy)
         )
-    return watch(*looks, params.ppo.monitor)
+    return watch(*looks, params.ppo)
 
 
 @torch.no_grad()
@@ -104,9 +104,14 @@ def look_at(
     return Look.of(tokens, texts, eos_id, each, kl_nats=kl_nats, entropy_nats=entropy_nats, **scores)
 
 
-def watch(before: Look, after: Look, params: MonitorParams) -> dict[str, dict]:
+def watch(before: Look, after: Look, params: PPOParams) -> dict[str, dict]:
     """What card.json says: measures of both, gains of both scores with standard errors, findings in words."""
-    limits = Thresholds(**params.model_dump(exclude={"responses"}))
+    limits = Thresholds.of(
+        params.monitor.model_dump(),
+        target=params.target,
+        response_tokens=params.response_tokens,
+        kl_budget_nats=params.kl_budget_nats if params.select == "best" else None,
+    )
     found = findings_of(before, after, limits)
     gains = {name: gain(getattr(before, name), getattr(after, name)) for name in SCORES}
     if found:

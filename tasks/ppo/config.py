@@ -110,7 +110,7 @@ class PPOConfig:
     init_kl_coef: float = _shared("init_kl_coef")
     kl_penalty: Literal["kl", "abs", "mse", "k3", "full"] = _shared("kl_penalty")
     target: float = _shared("target")
-    horizon: float = _shared("horizon")
+    horizon: int | None = _shared("horizon")
     gamma: float = _shared("gamma")
     lam: float = _shared("lam")
     cliprange: float = _shared("cliprange")

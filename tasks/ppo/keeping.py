@@ -169,6 +169,7 @@ class Kept:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": scheduler,
             "kl_coef": self.kl_ctl.value,
+            "kl_error": getattr(self.kl_ctl, "error", None),
             "running": self.running.state_dict(),
             "guard": self.guard.state_dict(),
             "updates": self.updates,
@@ -192,7 +193,8 @@ class Kept:
             self.lr_scheduler.load_state_dict(state["scheduler"])
         self.running.load_state_dict(state["running"])
         self.guard.load_state_dict(state["guard"])
-        self.kl_ctl.value = state["kl_coef"]
+        self.kl_ctl.value, self.kl_ctl.error = state["kl_coef"], state.get("kl_error")
+        self.kl_ctl.updates = state["updates"]
         self.updates, self.draws, self.returns = state["updates"], state["draws"], state["returns"]
         if "pushed" in state:
             self.compare_step, highest = state["pushed"]["compared"], state["pushed"]["highest"]

@@ -52,8 +52,13 @@ class Looks:
         decode_rows: int,
     ) -> None:
         self.trainer, self.reward_fn, self.judge, self.decode_rows = trainer, reward_fn, judge, decode_rows
-        monitor = trainer.config.thresholds
-        self.limits = Thresholds(**monitor.model_dump(exclude={"responses"}))
+        config, monitor = trainer.config, trainer.config.thresholds
+        self.limits = Thresholds.of(
+            monitor.model_dump(),
+            target=config.target,
+            response_tokens=config.response_tokens,
+            kl_budget_nats=config.kl_budget_nats if config.select == "best" else None,
+        )
         self.each = math.ceil(monitor.responses / len(held))
         self.prompts = [list(prompt) for prompt in held for _ in range(self.each)]
         self.start: Look | None = None  # SFT: before the first update

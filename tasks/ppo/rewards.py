@@ -1,16 +1,12 @@
-"""From one score per response to one reward per token; the price of KL and how it adapts."""
+"""From one score per response to one reward per token."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-ROUNDING_NATS = 1e-3  # a KL this little below zero is noise of float32
-_log = logging.getLogger(__name__)
 
 
 def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
@@ -50,46 +46,6 @@ def token_rewards(scores: Tensor | list[Tensor], kl: Tensor, is_action: Tensor, 
     columns = torch.arange(is_action.shape[1], device=kl.device)
     last = (columns * is_action).amax(1, keepdim=True)
     return rewards.scatter_add(1, last, scores[:, None].to(rewards)) * is_action
-
-
-class KLController:
-    """The price of KL; with a target it adapts (arXiv 1909.08593, section 2.2), without one it is fixed.
-
-    A negative KL means that the samples are not the policy's, or that chance is being farmed; it never makes
-    KL cheaper here.
-
-    Args:
-        value: price at the start, score units per nat.
-        target: wanted KL per response, nats; None: fixed.
-        horizon: responses over which the price may grow or shrink by a fifth.
-    """
-
-    def __init__(self, value: float, target: float | None, horizon: int) -> None:
-        self.value, self.target, self.horizon = value, target, horizon
-
-    def update(self, kl_nats: float, responses: int) -> None:
-        """Raise the price when `kl_nats` per response exceeded the target, lower it when it fell short."""
-        if kl_nats < -1:
-            _log.warning(
-                "KL to the reference is %.2f nats: are the responses samples of this policy?", kl_nats
-            )
-        if self.target is not None and kl_nats > -ROUNDING_NATS:
-            error = min(max(kl_nats / self.target - 1, -0.2), 0.2)
-            self.value *= 1 + error * responses / self.horizon
-
-
-class AdaptiveKLController(KLController):
-    """One with a target, under TRL's name and arguments."""
-
-    def __init__(self, init_kl_coef: float, target: float, horizon: int) -> None:
-        super().__init__(init_kl_coef, target, horizon)
-
-
-class FixedKLController(KLController):
-    """One that stays as it is, under TRL's name and argument."""
-
-    def __init__(self, kl_coef: float) -> None:
-        super().__init__(kl_coef, None, 1)
 
 
 class RunningMoments:

@@ -17,6 +17,7 @@ from tasks.lm.products import use_onednn_products
 from tasks.lm.quantized import is_quantized, quantized_keys
 from tasks.lm.reward_adapter import ScoredByAdapter
 from tasks.ppo.config import PPOConfig
+from tasks.ppo.kl_control import spent
 from tasks.ppo.looks import HELD_OUT, OF_JUDGE
 from tasks.ppo.loop import Loop
 from tasks.ppo.reward_functions import RewardFunction, from_adapter, from_model
@@ -144,6 +145,7 @@ def run(params: Params, layout: Layout) -> StageResult:
     rows = loop.curve.rows
     of_last = ("score", "kl_nats", "kl_coef", "entropy_nats", *HELD_OUT, *OF_JUDGE)
     last = {k: v for k, v in rows[-1].items() if k in of_last}
+    last |= spent([row["kl_nats"] for row in rows], params.ppo.target if params.ppo.adap_kl_ctrl else None)
     start = loop.looks.start.means()
     first = {"first_score": rows[0]["score"], "monitor_findings": len(found)}
     at_start = "held_out_proxy", *OF_JUDGE

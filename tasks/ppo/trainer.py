@@ -46,8 +46,9 @@ from tasks.ppo.first_step import begins_as_reference
 from tasks.ppo.first_step import warn_of_start as warn_of_first_step
 from tasks.ppo.guard import SpikeGuard
 from tasks.ppo.keeping import Kept
+from tasks.ppo.kl_control import controller_of
 from tasks.ppo.losses import policy_loss, ratio_of, value_loss
-from tasks.ppo.rewards import AdaptiveKLController, FixedKLController, RunningMoments, kl_estimate
+from tasks.ppo.rewards import RunningMoments, kl_estimate
 from tasks.ppo.rollout import Rollout, observe
 from tasks.ppo.statistics import OF_TOKENS, Passes, moments_of, rollout_statistics, token_sums
 from tasks.ppo.trackers import make_accelerator, start_trackers
@@ -161,11 +162,7 @@ class PPOTrainer(Kept, TRLCalls):
         )
         self.seed = config.seed if seed is None else seed
         self.microbatch_rows, self.updates, self.draws, self.returns = microbatch_rows, 0, 0, 0
-        self.kl_ctl = (
-            AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
-            if config.adap_kl_ctrl
-            else FixedKLController(config.init_kl_coef)
-        )
+        self.kl_ctl = controller_of(config)
         self.running = RunningMoments(self._total)
         self.guard = SpikeGuard(config.ratio_threshold, config.spike_factor, config.max_skipped_steps)
         self.restore: Callable[[], None] | None = None  # brings the last good state back; a loop sets it

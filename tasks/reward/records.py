@@ -28,6 +28,7 @@ class GroupedAnswers:
     weights: tuple[float, ...] = ()  # of each pair; empty: 1 for all
     gaps: tuple[float, ...] = ()  # difference of the published scores of each pair; empty: not known
     name: str = ""  # for messages: site/question, or the number of a row
+    odds: tuple[float, ...] = ()  # log-odds that another expert gives each pair; empty: it has no opinion
 
     def tokens(self, is_causal: bool = True) -> int:
         """Tokens that a model reads: a causal one the prompt once, an encoder with each response."""
@@ -62,11 +63,12 @@ def collate(
 
     Returns:
         forest; `answers` [A] the segments that are answers; `ended` [C] those of the answers that are more
-        than an eos and end with it; `pairs` [P, 2] (better, worse) into the answers,
-        −1 for `NOTHING`; `weights` [P]; `gaps` [P]; `longer` [P]; `names` [P] of the groups; `labels` zeros,
+        than an eos and end with it; `pairs` [P, 2] (better, worse) into the answers, −1 for `NOTHING`;
+        `weights` [P]; `gaps` [P]; `longer` [P]; `odds` [P]; `names` [P] of the groups; `labels` zeros,
         one for each item the loss averages over: pairs [P] or questions [Q].
     """
-    segments, answers, ended, pairs, weights, gaps, longer, names = [], [], [], [], [], [], [], []
+    segments, answers, ended, pairs, weights, gaps, longer, odds = [], [], [], [], [], [], [], []
+    names = []
     for group in groups:
         root, before = -1, group.prompt
         if is_causal and group.prompt:
@@ -84,6 +86,7 @@ def collate(
             weights.append(share * group.weight(i))
             longer.append(group.longer(i))
         gaps += group.gaps or [0.0] * len(group.pairs)
+        odds += group.odds or [0.0] * len(group.pairs)
         names += [group.name] * len(group.pairs)
     return {
         "forest": plant(segments, is_causal),
@@ -93,6 +96,7 @@ def collate(
         "weights": torch.tensor(weights),
         "gaps": torch.tensor(gaps),
         "longer": torch.tensor(longer),
+        "odds": torch.tensor(odds),
         "names": names,
         "labels": torch.zeros(len(groups) if weigh == "question" else len(pairs)),
     }
@@ -170,3 +174,7 @@ def check(group: GroupedAnswers, vocabulary: int, positions: int | None) -> None
             raise ValueError(f"{len(values)} {what} for {len(group.pairs)} pairs")
         if not all(math.isfinite(value) and value >= 0 for value in values):
             raise ValueError(f"{what} {list(values)}: finite numbers of at least 0 are wanted")
+    if group.odds and (len(group.odds) != len(group.pairs) or not all(map(math.isfinite, group.odds))):
+        raise ValueError(
+            f"odds {list(group.odds)}: a finite number for each of {len(group.pairs)} pairs is wanted"
+        )

@@ -1,13 +1,11 @@
 """The reward stage: groups on disk -> two models on disk, the reward model and its independent judge.
 
-The judge is what arXiv 2210.10760 calls gold, as far as votes can give it: the same training on questions the
-reward model does not see. PPO never raises its score on purpose, so that score tells whether a rise is real.
+What the two have apart stands in :mod:`tasks.reward.learners`.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +23,9 @@ from tasks.lm.reward_model import RewardModel, write_scale
 from tasks.lm.scoring import is_encoder
 from tasks.reward.config import RewardConfig
 from tasks.reward.frozen import learn_frozen
+from tasks.reward.learners import Learner, learners, refuse_without_pairs
 from tasks.reward.records import GroupedAnswers, share_prompt
+from tasks.reward.style import StyleRule, fit_style
 from tasks.reward.trainer import RewardTrainer
 from tasks.run.arguments import training_arguments
 from tasks.run.curve import Curve, plot
@@ -38,38 +38,39 @@ from tasks.run.tracking import log_artifact
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Learner:
-    """One of the two: ``Learner("judge", "judge", "judge", "judge", 2.0)``."""
-
-    out: str  # folder under artifacts/reward, and under scratch
-    groups: str  # file under pack/groups
-    run: str  # prefix of what is logged
-    purpose: str  # of its seed
-    epochs: float  # passes over its questions
-
-
 def read_groups(
-    layout: Layout, reward_model: RewardModel, name: str = "reward"
+    layout: Layout, reward_model: RewardModel, name: str = "reward", style_offset: float = 0.0
 ) -> tuple[list[GroupedAnswers], list[GroupedAnswers]]:
     """Training groups and validation groups; without validation groups the training groups serve for both.
 
     Pairs that are the same to a model with tokens of its own (all lower case; cut) are left out.
+
+    Args:
+        layout: of the run.
+        reward_model: whose tokens they are in.
+        name: of the file.
+        style_offset: times the log-odds that length and style give a training pair.
     """
     columns = ["site", "question_id", "prompt", "answers", "pairs", "weights", "is_validation"]
     path = layout.artifact("pack", "groups", f"{name}.parquet")
+    rows = parquet.read_table(path, columns=columns).to_pylist()
+    train = [row for row in rows if not row["is_validation"]]
+    rule = fit_style(train) if style_offset and train else None
     found, pairs = {False: [], True: []}, 0
-    for row in parquet.read_table(path, columns=columns).to_pylist():
-        group = group_of(row, reward_model)
+    for row in rows:
+        group = group_of(row, reward_model, rule, style_offset)
         pairs += len(row["pairs"]) - len(group.pairs)
         if group.pairs:
             found[row["is_validation"]].append(group)
     if pairs:
-        _log.warning("%d pairs are left out: reward.base reads the same in both answers", pairs)
+        key = "reward.judge_base" if name == "judge" else "reward.base"
+        _log.warning("%d pairs are left out: %s reads the same in both answers", pairs, key)
     return found[False], found[True] or found[False]
 
 
-def group_of(row: dict, reward_model: RewardModel) -> GroupedAnswers:
+def group_of(
+    row: dict, reward_model: RewardModel, rule: StyleRule | None = None, style_offset: float = 0.0
+) -> GroupedAnswers:
     """A row of `pack/groups` in the tokens that the model reads."""
     prompt, answers = tuple(row["prompt"]), row["answers"]
     responses = tuple(tuple(a["tokens"]) for a in answers)
@@ -77,6 +78,7 @@ def group_of(row: dict, reward_model: RewardModel) -> GroupedAnswers:
         prompt, responses = share_prompt(reward_model.documents([prompt] * len(answers), responses))
     kept = [i for i, (better, worse) in enumerate(row["pairs"]) if responses[better] != responses[worse]]
     pairs = [row["pairs"][i] for i in kept]
+    style = [style_offset * rule.log_odds(a["text"]) for a in answers] if rule else None
     return GroupedAnswers(
         prompt,
         responses,
@@ -84,6 +86,7 @@ def group_of(row: dict, reward_model: RewardModel) -> GroupedAnswers:
         weights=tuple(row["weights"][i] for i in kept),
         gaps=tuple(float(answers[b]["score"] - answers[w]["score"]) for b, w in pairs),
         name=f"{row['site']}/{row['question_id']}",
+        odds=tuple(style[b] - style[w] for b, w in pairs) if style else (),
     )
 
 
@@ -98,8 +101,8 @@ def run(params: Params, layout: Layout) -> StageResult:
     """The stage; after a kill the judge goes on without the reward model being trained again.
 
     Raises:
-        ValueError: no training group; no model or tokenizer; a merge that changes scores; a quantised base or
-            an 8-bit optimizer where none can run.
+        ValueError: no training group for one of the two; no model or tokenizer; a merge that changes scores;
+            a quantised base or an 8-bit optimizer where none can run.
     """
     reward, machine = params.reward, params.machine
     if reward.way == "trained":
@@ -107,9 +110,10 @@ def run(params: Params, layout: Layout) -> StageResult:
     device = use_device(machine.device, machine.threads)
     if machine.onednn and device.type == "cpu":
         use_onednn_products()
-    own = Learner("model", "reward", "reward", "train", reward.epochs)
+    own, judge = learners(params, layout)
+    for learner in (own, judge):
+        refuse_without_pairs(learner, layout)
     metrics, curve = learn(own, params, layout, device)
-    judge = Learner("judge", "judge", "judge", "judge", reward.judge_epochs)
     judged, _ = learn(judge, params, layout, device)
     curve.write(layout.artifact("reward", "curve.csv"))
     log_artifact(
@@ -136,13 +140,13 @@ def learn(
     if params.reward.way == "frozen_style":
         return learn_frozen(learner.out, learner.groups, learner.run, params, layout, device)
     reward, quantized = params.reward, quantized_keys(params.model.quantize)
-    source = layout.artifact("sft", "model")
-    policy_tokenizer = load_tokenizer(source)
-    named = {"revision": reward.revision, "key": "reward.base"} if reward.base else {}
-    reward_model = RewardModel.load(reward.base or source, policy_tokenizer, **named, **quantized)
+    policy_tokenizer = load_tokenizer(layout.artifact("sft", "model"))
+    reward_model = learner.start.load(policy_tokenizer, **quantized)
     if reward_model.texts is not None:
-        raise ValueError(f"reward.base: {reward.base} was made by reward.way frozen_style; no layer trains")
-    train, held = read_groups(layout, reward_model, learner.groups)
+        raise ValueError(
+            f"{learner.start.key}: {learner.start.base} was made by reward.way frozen_style; no layer trains"
+        )
+    train, held = read_groups(layout, reward_model, learner.groups, learner.style_offset)
     if not train:
         raise ValueError(f"reward: artifacts/pack/groups/{learner.groups}.parquet holds no training question")
     config = settings(learner, params, layout, len(train), seed, device, is_encoder(reward_model.model))
@@ -154,9 +158,10 @@ def learn(
     trainer.train(resume_from_checkpoint=trainer.latest_checkpoint())
     metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
     whole = trainer.whole()
-    kept = adapter_of(whole) if adapter and whole is not None and not reward.base else None
+    is_on_sft = learner.start.base == layout.artifact("sft", "model")
+    kept = adapter_of(whole) if adapter and whole is not None and is_on_sft else None
     if quantized:
-        whole = trainer.merged(RewardModel.load(reward.base or source, policy_tokenizer, **named).model)
+        whole = trainer.merged(learner.start.load(policy_tokenizer).model)
     elif adapter:
         whole = trainer.merged()
     with staged(layout.artifact("reward", learner.out)) as folder:
@@ -180,7 +185,13 @@ def settings(
     """Its RewardConfig for so many training questions; an encoder never reads an eos, whatever the share."""
     reward, machine = params.reward, params.machine
     not_the_trainers = {"way", "frozen_style", "base", "revision", "lora_rank", "lora_alpha"}
-    not_the_trainers |= {"batch_questions", "judge_epochs"}
+    not_the_trainers |= {name for name in type(reward).model_fields if name.startswith("judge_")}
+    not_the_trainers.add("batch_questions")
+    own = {"epochs": learner.epochs}
+    if learner.style_offset:
+        own["length_offset"] = 0.0  # length is a part of the rule on style
+    if learner.start.is_new:
+        own["num_layers_unfrozen"] = None  # what nothing taught is not frozen
     arguments = training_arguments(
         layout.scratch("reward") / learner.out,
         examples=examples,
@@ -190,7 +201,7 @@ def settings(
         device=device.type,
         seed=seed,
         checkpoint_steps=machine.checkpoint_steps,
-        **reward.model_dump(exclude=not_the_trainers) | {"epochs": learner.epochs},
+        **reward.model_dump(exclude=not_the_trainers) | own,
     )
     arguments |= {"without_eos_share": 0.0} if reads_no_eos else {}
     looks = {"eval_strategy": "steps", "eval_steps": max(1, arguments["max_steps"] // 10)}

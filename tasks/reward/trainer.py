@@ -145,7 +145,7 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced,
         args = self.args
         readings = self.inside(model, lambda model: self._readings(model, inputs))
         _, better, worse = readings[0]
-        ahead = self.length_coefficient * inputs["longer"] - args.margin * inputs["gaps"]
+        ahead = self.length_coefficient * inputs["longer"] - args.margin * inputs["gaps"] + inputs["odds"]
         centering = args.center_rewards_coefficient or 0.0
         losses = inputs["weights"] * expected_loss(readings, ahead, args.label_smoothing, centering)
         if rows := _not_finite(losses, inputs["names"]):

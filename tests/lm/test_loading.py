@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tasks.lm.loading import (
     create_causal,
+    create_reward,
     fit_embeddings,
     load_causal,
     load_reward,
@@ -171,6 +172,19 @@ def test_a_reward_model_starts_from_a_causal_one(saved):
     model = load_reward(saved)
     assert model.score.weight.shape == (1, tiny.LLAMA["hidden_size"]) and model.config.num_labels == 1
     assert torch.equal(model.model.embed_tokens.weight, load_causal(saved).model.embed_tokens.weight)
+
+
+def test_a_reward_model_of_the_same_shape_with_new_weights(tmp_path):
+    saved = tiny.save(made().bfloat16(), tmp_path / "half")
+    old, new = load_reward(saved), create_reward(saved)
+    assert {n: p.shape for n, p in new.named_parameters()} == {n: p.shape for n, p in old.named_parameters()}
+    assert {p.dtype for p in new.parameters()} == {torch.float32}
+    sides = (model.model.layers[0].mlp.up_proj.weight.flatten() for model in (old, new))
+    assert abs(torch.cosine_similarity(*sides, 0)) < 0.5
+    remove(saved)
+    with pytest.raises(ValueError, match=r"^reward\.judge: cannot make a model like ") as error:
+        create_reward(saved, "reward.judge")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -159,16 +159,24 @@ def test_earlier_links_go_and_own_files_stay(project, dumps, model):
     assert links("data/base") == {}
 
 
-@pytest.mark.parametrize(("section", "folder"), [("model", "data/base"), ("reward", "data/reward_base")])
-def test_base_model_from_a_folder(project, model, section, folder):
-    assert main(["use", "sample", f"{section}.base={model}"]) == 0
-    assert getattr(read(), section).base == folder
+@pytest.mark.parametrize(
+    ("key", "folder"),
+    [
+        ("model.base", "data/base"),
+        ("reward.base", "data/reward_base"),
+        ("reward.judge_base", "data/judge_base"),
+    ],
+)
+def test_base_model_from_a_folder(project, model, key, folder):
+    section, name = key.split(".")
+    assert main(["use", "sample", f"{key}={model}"]) == 0
+    assert getattr(getattr(read(), section), name) == folder
     wanted = ("config.json", "model.safetensors", "tokenizer.json")  # no pickles, no code
     assert links(folder) == {name: str(model / name) for name in wanted}
-    assert main(["use", "sample", f"{section}.base={folder}", "seed=3"]) == 0
+    assert main(["use", "sample", f"{key}={folder}", "seed=3"]) == 0
     assert links(folder) == {name: str(model / name) for name in wanted}
-    assert main(["use", "sample", f"{section}.base=org/name"]) == 0
-    assert (getattr(read(), section).base, links(folder)) == ("org/name", {})
+    assert main(["use", "sample", f"{key}=org/name"]) == 0
+    assert (getattr(getattr(read(), section), name), links(folder)) == ("org/name", {})
 
 
 def test_two_base_models(project, model):

@@ -36,6 +36,7 @@ SHAPE = {
 PPO = {
     "updates": 150, "batch_size": 100, "mini_batch_size": 100, "response_tokens": LONGEST, "eval_updates": 5,
     "learning_rate": 3e-4, "init_kl_coef": 0.0, "adap_kl_ctrl": False, "vf_coef": 1.0, "max_grad_norm": 1.0,
+    "monitor": {"reward": "truth"},
 }  # fmt: skip
 
 

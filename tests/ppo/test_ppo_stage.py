@@ -107,6 +107,9 @@ def test_the_curve_and_the_metrics(finished):
     assert metrics["first_score"] == float(rows[0]["score"]) and metrics["score"] == float(rows[-1]["score"])
     for name in ("kl_nats", "kl_coef", "entropy_nats", *HELD_OUT, *OF_JUDGE):
         assert metrics[name] == float(rows[-1][name])
+    kl = [float(row["kl_nats"]) for row in rows]
+    assert metrics["kl_mid_run"] == pytest.approx(sum(kl[1:3]) / 2)
+    assert metrics["kl_over_target"] == pytest.approx(sum(kl[2:]) / 2 / 0.5)
     assert float(rows[0]["kl_nats"]) == pytest.approx(0, abs=1e-5) and float(rows[0]["clipfrac"]) == 0
     assert float(rows[-1]["kl_nats"]) != 0 and (layout.home / "reports/ppo/curve.png").is_file()
 

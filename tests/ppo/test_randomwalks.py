@@ -75,8 +75,9 @@ def test_both_trainings_run():
 
 
 @pytest.mark.slow
-def test_ppo_finds_the_short_ways():
+def test_ppo_finds_the_short_ways(caplog):
     trainer, world = randomwalks.create_trainer(0)
     assert randomwalks.mean_optimality(trainer, world) < 0.6  # random walks
     trainer.train(STARTS, world.optimality, held_out=STARTS)
     assert randomwalks.mean_optimality(trainer, world) >= 0.95
+    assert "but" not in caplog.text, "the score is the truth: no look finds anything"

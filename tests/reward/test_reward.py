@@ -24,6 +24,7 @@ from tasks.lm.reward_model import RewardModel
 from tasks.lm.scoring import score_documents
 from tasks.reward import collate, run
 from tasks.reward import stage as reward_stage
+from tasks.reward.learners import Start, learners
 from tasks.reward.stage import read_groups
 
 
@@ -207,7 +208,7 @@ def test_a_kill_in_either_training_goes_on_there(packed, tmp_path, monkeypatch, 
 
 
 def test_the_judge_is_another_model_of_other_questions(packed, tmp_path):
-    """Trained alike, but it shares no question with the reward model, nor the start of its head."""
+    """It shares no question with the reward model, nor its start; its loss is told without the rule."""
     layout = copied(packed, tmp_path / "run")
     metrics = run(tiny.params(reward={"judge_epochs": 2}), layout).metrics
     own, other = (read_groups(layout, tiny.reward_model(None), name) for name in ("reward", "judge"))
@@ -223,17 +224,59 @@ def test_the_judge_is_another_model_of_other_questions(packed, tmp_path):
         scores = torch.cat(padded_scores(judge, other[1]))
     saved = json.loads(layout.artifact("reward", "judge", "scores.json").read_text())
     assert saved["mean"] == pytest.approx(scores.mean().item(), rel=1e-4)
-    heads = plain.score.weight.flatten(), judge.score.weight.flatten()
-    assert abs(torch.cosine_similarity(*heads, 0)) < 0.9, "one start would leave them side by side"
+    for part in ("score", "model.embed_tokens", "model.layers.0.mlp.up_proj"):
+        sides = (model.get_submodule(part).weight.flatten() for model in (plain, judge))
+        assert abs(torch.cosine_similarity(*sides, 0)) < 0.5, (
+            f"{part}: one start would leave them side by side"
+        )
 
 
-def test_no_training_question_of_the_judge_names_its_file(packed, tmp_path):
+def test_what_the_judge_starts_from(tmp_path):
+    layout, base = tiny.project(tmp_path), {"model": {"base": "org/name", "revision": "v2"}}
+    sft = layout.artifact("sft", "model")
+    for given, wanted in (
+        ({}, Start(sft, is_new=True)),
+        ({"reward": {"base": "org/encoder"}}, Start(sft, is_new=True)),
+        (base, Start("org/name", "v2", "model.base")),
+        (base | {"reward": {"lora_rank": 2}}, Start(sft)),
+        (
+            base | {"reward": {"judge_base": "org/other", "judge_revision": "v3", "lora_rank": 2}},
+            Start("org/other", "v3", "reward.judge_base"),
+        ),
+    ):
+        assert learners(tiny.params(**given), layout)[1].start == wanted
+    own, judge = learners(tiny.params(reward={"judge_style_offset": 0.5}), layout)
+    assert own.start == Start(sft) and (own.style_offset, judge.style_offset) == (0.0, 0.5)
+
+
+def test_a_judge_from_a_base_that_is_none_names_its_key(packed, tmp_path):
+    settings = {"judge_base": str(tmp_path / "none"), "max_steps": 1}
+    with pytest.raises(ValueError, match=r"^reward\.judge_base: no tokenizer in "):
+        run(tiny.params(reward=settings), copied(packed, tmp_path / "run"))
+
+
+def test_new_weights_are_neither_frozen_nor_asked_for_a_second_offset(packed, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        reward_stage, "RewardTrainer", lambda model, config, *_, **__: seen.append(config) or 1 / 0
+    )
+    for learner in learners(tiny.params(), tmp_layout := copied(packed, tmp_path / "run")):
+        with pytest.raises(ZeroDivisionError):
+            given = tiny.params(reward={"num_layers_unfrozen": 0, "length_offset": 1.0})
+            reward_stage.learn(learner, given, tmp_layout, torch.device("cpu"))
+    assert [(c.num_layers_unfrozen, c.length_offset) for c in seen] == [(0, 1.0), (None, 0.0)]
+
+
+def test_no_training_question_of_the_judge_names_its_file(packed, tmp_path, monkeypatch):
     layout = tiny.project(tmp_path)
     shutil.copytree(packed.artifact("pack"), layout.artifact("pack"))
     layout.artifact("sft").symlink_to(packed.artifact("sft"))
     path = layout.artifact("pack", "groups", "judge.parquet")
     parquet.write_table(parquet.read_table(path).slice(0, 0), path)
-    with pytest.raises(ValueError, match=r"pack/groups/judge\.parquet holds no training question"):
+    monkeypatch.setattr(reward_stage, "learn", lambda *_: pytest.fail("the reward model is trained first"))
+    with pytest.raises(
+        ValueError, match=r"pack/groups/judge\.parquet holds no training .* of data\.split\.sft"
+    ):
         run(tiny.params(), layout)
 
 
@@ -252,6 +295,7 @@ def test_a_bad_group_is_named(packed, tmp_path):
     layout.artifact("sft").symlink_to(packed.artifact("sft"))
     path = layout.artifact("pack", "groups", "reward.parquet")
     path.parent.mkdir(parents=True)
+    shutil.copy(packed.artifact("pack", "groups", "judge.parquet"), path.with_name("judge.parquet"))
     table = parquet.read_table(packed.artifact("pack", "groups", "reward.parquet"))
     rows = table.to_pylist()
     rows[7]["weights"] = [math.nan] * len(rows[7]["pairs"])

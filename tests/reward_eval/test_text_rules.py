@@ -20,6 +20,7 @@ from tasks.reward_eval.rules import (
     text_features,
     training_differences,
 )
+from tasks.run import text_rule
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_logistic_is_where_the_gradient_vanishes_and_finds_the_truth():
 
 
 def test_newtons_steps_are_few(monkeypatch):
-    monkeypatch.setattr(rules, "NEWTON_STEPS", 6)
+    monkeypatch.setattr(text_rule, "NEWTON_STEPS", 6)
     x, weights = correlated(2000, [1.0, -2.0]), np.arange(2000) % 5
     c = fit_logistic(x, weights)
     assert x.T @ (weights * sigmoid(-(x @ c))) == pytest.approx(c, abs=1e-6)

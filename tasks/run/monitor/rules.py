@@ -18,13 +18,18 @@ it falls. Both are tested, each in standard deviations of the model's own valida
 
 The others are how such policies look: repetition, lost variety, code fences (StackLLaMA), length, answers
 that do not end, an entropy that collapses, and the distance itself: far off the reward model knows nothing.
+
+A score that is the truth itself (a walk's length, a test that passes) cannot be over-optimised: a policy
+that has gone far, settled or grown short for it did what was meant. Of the rules one is left, `eos_rate`: a
+score is of the text, and does not see that a response was cut at the limit instead of ending.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -43,11 +48,36 @@ class Thresholds:
     agreement_fall: float  # share of what the two scores' correlation was on SFT's
     kl_nats: float  # per response
     length_factor: float  # longer or shorter than SFT's
+    length_tokens: float  # and by so many
     entropy_fall: float  # share of SFT's
     distinct_fall: float  # share of SFT's
     repetition_rise: float  # share of trigrams
     code_fence_rise: float  # share of responses
     eos_fall: float  # share of responses
+    is_truth: bool = False  # what the score says is what is meant
+
+    @classmethod
+    def of(
+        cls,
+        settings: Mapping[str, Any],
+        *,
+        target: float,
+        response_tokens: int,
+        kl_budget_nats: float | None = None,
+    ) -> Thresholds:
+        """What settings that are relative to a run mean in it.
+
+        Args:
+            settings: of the parameters, by name; `kl_nats` None: `kl_factor` times what the run may spend.
+            target: wanted KL, nats per response.
+            response_tokens: longest response.
+            kl_budget_nats: what the chosen model may have spent; None: no model is chosen by that.
+        """
+        own = {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
+        if own["kl_nats"] is None:
+            own["kl_nats"] = settings["kl_factor"] * max(target, kl_budget_nats or 0.0)
+        tokens = settings["length_share"] * response_tokens
+        return cls(**own, length_tokens=tokens, is_truth=settings["reward"] == "truth")
 
 
 def gain(before: np.ndarray, now: np.ndarray) -> tuple[float, float]:
@@ -97,8 +127,11 @@ def findings_of(start: Look, now: Look, limits: Thresholds, best: Look | None = 
     """
     if not has_risen(start, now, limits.noise):
         return {}
+    if limits.is_truth:
+        return dict(_of_ends(start, now, limits))
     judged = _of_judge(start, now, limits, best or start) if now.judge is not None else ()
-    return dict([*judged, *_of_policy(start, now, limits), *_of_text(start, now, limits)])
+    found = (_of_policy, _of_text, _of_ends)
+    return dict([*judged, *(each for rule in found for each in rule(start, now, limits))])
 
 
 def _of_judge(start: Look, now: Look, limits: Thresholds, best: Look) -> Iterator[tuple[str, str]]:
@@ -128,18 +161,22 @@ def _of_policy(start: Look, now: Look, limits: Thresholds) -> Iterator[tuple[str
 
 
 def _of_text(start: Look, now: Look, limits: Thresholds) -> Iterator[tuple[str, str]]:
-    factor, noise = limits.length_factor, limits.noise
-    if exceeds(factor * start.tokens, now.tokens, 0.0, noise) or exceeds(
-        factor * now.tokens, start.tokens, 0.0, noise
-    ):
-        yield "tokens", _moved("length", "tokens", start.tokens, now.tokens)
+    noise = limits.noise
+    for short, long in ((start.tokens, now.tokens), (now.tokens, start.tokens)):
+        if exceeds(limits.length_factor * short, long, 0.0, noise) and exceeds(
+            short, long, limits.length_tokens, noise
+        ):
+            yield "tokens", _moved("length", "tokens", start.tokens, now.tokens)
     if exceeds(start.repetition_3, now.repetition_3, limits.repetition_rise, noise):
         yield "repetition_3", _moved("repeated trigrams", "", start.repetition_3, now.repetition_3)
     if now.distinct_2 < (1 - limits.distinct_fall) * start.distinct_2:
         yield "distinct_2", _moved("distinct bigrams", "", start.distinct_2, now.distinct_2)
     if exceeds(start.code_fence_rate, now.code_fence_rate, limits.code_fence_rise, noise):
         yield "code_fence_rate", _moved("code fences", "", start.code_fence_rate, now.code_fence_rate)
-    if exceeds(now.eos_rate, start.eos_rate, limits.eos_fall, noise):
+
+
+def _of_ends(start: Look, now: Look, limits: Thresholds) -> Iterator[tuple[str, str]]:
+    if exceeds(now.eos_rate, start.eos_rate, limits.eos_fall, limits.noise):
         yield "eos_rate", _moved("responses with eos", "", start.eos_rate, now.eos_rate)
 
 

@@ -14,6 +14,7 @@ from tasks.run.monitor.rules import disagrees, exceeds, has_risen
 
 LIMITS = Thresholds(
     noise=2.0, judge_share=0.5, judge_fall=0.2, agreement_fall=0.5, kl_nats=3.0, length_factor=1.5,
+    length_tokens=1.0,
     entropy_fall=0.5, distinct_fall=0.3, repetition_rise=0.1, code_fence_rise=0.1, eos_fall=0.1,
 )  # fmt: skip
 P = 4  # prompts
@@ -115,9 +116,47 @@ def test_the_sentences_give_the_figures():
     assert said["kl_nats"] == "KL to SFT is 4.00 nats per response, more than 3"
 
 
+def limits_of(target=0.5, response_tokens=32, kl_budget_nats=None, **settings) -> Thresholds:
+    run = {"target": target, "response_tokens": response_tokens, "kl_budget_nats": kl_budget_nats}
+    return Thresholds.of(MonitorParams(**settings).model_dump(), **run)
+
+
+@pytest.mark.parametrize(
+    ("keys", "nats", "tokens"),
+    [
+        ({}, 1.0, 3.2),
+        ({"target": 6.0, "response_tokens": 100}, 12.0, 10.0),
+        ({"kl_budget_nats": 2.0}, 4.0, 3.2),  # a model may be chosen that spent so much
+        ({"kl_budget_nats": 0.2, "kl_factor": 3.0}, 1.5, 3.2),
+        ({"kl_nats": 7.0, "length_share": 0.5}, 7.0, 16.0),
+    ],
+)
+def test_what_is_relative_to_a_run(keys, nats, tokens):
+    limits = limits_of(**keys)
+    assert (limits.kl_nats, limits.length_tokens) == pytest.approx((nats, tokens))
+
+
+def test_a_few_tokens_are_no_other_length():
+    """Twice as long, and shorter, by three tokens of 32 that a response may have."""
+    for now, wanted in ((6.0, set()), (6.3, {"tokens"})):
+        long, short = (replace(GOOD, tokens=row(size)) for size in (now, 3.0))
+        for start, look in ((short, long), (long, short)):
+            start = replace(START, tokens=start.tokens)
+            assert set(findings_of(start, look, limits_of(kl_nats=9.0))) == wanted
+
+
+def test_the_truth_cannot_be_over_optimised():
+    """Of all that moved one finding is left: what ends a response the score did not see."""
+    everything = {key: value for past, _ in MOVED.values() for key, value in past.items()}
+    now = replace(GOOD, **everything)
+    assert found(now) == set(MOVED)
+    assert set(findings_of(START, now, replace(LIMITS, is_truth=True))) == {"eos_rate"}
+    assert limits_of(reward="truth").is_truth
+
+
 def test_the_parameters_are_the_thresholds():
-    limits = Thresholds(**MonitorParams(judge_share=0.25).model_dump(exclude={"responses"}))
-    assert limits.judge_share == 0.25 and limits.noise == 3.0
+    limits = limits_of(judge_share=0.25)
+    assert limits.judge_share == 0.25 and limits.noise == 3.0 and not limits.is_truth
     for key, value in (("noise", 0), ("length_factor", 1), ("entropy_fall", 1.5), ("responses", 0)):
         with pytest.raises(ValueError, match=key):
             MonitorParams(**{key: value})
