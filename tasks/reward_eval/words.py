@@ -19,7 +19,8 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
-from tasks.reward_eval.rules import RIDGE, sigmoid, training_groups
+from tasks.reward_eval.rules import training_groups
+from tasks.run.text_rule import RIDGE, sigmoid
 
 COLUMNS = 2**18  # n-grams are told apart by their hash modulo this
 WORDS_READ = 1000  # of an answer, from its first
