@@ -94,10 +94,11 @@ def test_stack_exchange_preferences(layout, name):
     first, second = row.pop("answers")
     assert row == {
         "site": "unix.example", "id": 7, "title": "", "text": "How is number 7 done?", "tags": [],
-        "created": "2013-05-31T00:00:00", "owner_id": None, "licence": "CC BY-SA 3.0", "kind": None,
-        "expected": None,
+        "created": "2013-05-31T00:00:00", "owner_id": None, "licence": "CC BY-SA 3.0",
+        "cluster": "unix.example/7", "kind": None, "expected": None, "wording": None,
+        "misleads": None, "wrong": None,
     }  # fmt: skip
-    both = {"created": "2013-05-31T00:00:00", "licence": "CC BY-SA 3.0"}
+    both = {"created": "2013-05-31T00:00:00", "licence": "CC BY-SA 3.0", "style": None}
     assert first == both | {"id": 7001, "text": "Use `7` of 1.", "score": 4, "votes": 4, "accepted": True} | {
         "owner_id": 7
     }
