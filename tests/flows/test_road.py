@@ -81,7 +81,7 @@ def test_cancelling_ends_the_trainer_and_is_not_retried(served, server):
     run = last_run(server)["id"]
     server.ask(f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
     until(lambda: not is_alive(trainer), "the trainer to end", served.root / "toy.log")
-    assert flow.wait(60) == 1
+    assert flow.wait(180) == 1
     assert server.ask(f"/flow_runs/{run}")["state_type"] == "CANCELLED"
     until(lambda: server.stages(run).get("sft") == "Cancelled", "the server to hear of it")
     assert served.attempts("sft") == 1
@@ -99,7 +99,7 @@ def test_a_flow_that_ends_leaves_no_orphan(served, server, number, status):
     flow = served.start("flows.rlhf")
     trainer = served.trainer("data", flow)
     flow.send_signal(number)
-    assert flow.wait(60) == status
+    assert flow.wait(180) == status
     until(lambda: not is_alive(trainer), "the trainer to end", served.root / "toy.log")
     assert served.attempts("data") == 1
     served.behave("data", "work")  # a killed dvc holds its files until init has reaped it
