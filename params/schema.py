@@ -308,6 +308,11 @@ class RewardParams(Section):
             if getattr(self, name):
                 value = getattr(self, name)
                 raise ValueError(f"reward.{name} is {value}, but reward.way is frozen_style, which {reason}")
+        if self.judge_style_offset != 1:
+            raise ValueError(
+                f"reward.judge_style_offset is {self.judge_style_offset}, but reward.way is frozen_style, "
+                "which has a rule on style of its own: leave it at 1"
+            )
         return self
 
 

@@ -213,6 +213,8 @@ def test_threads_change_no_bit_of_a_fit():
     [
         ({"base": ""}, "reward.way is frozen_style, which needs an encoder: name one in reward.base"),
         ({"lora_rank": 4}, "reward.lora_rank is 4, but reward.way is frozen_style, which trains no layer"),
+        ({"judge_base": "x"}, "reward.judge_base is x, but .* which reads reward.base for both"),
+        ({"judge_style_offset": 0.5}, "reward.judge_style_offset is 0.5, but .* a rule on style of its own"),
         ({"length_offset": 1.0}, "reward.length_offset is 1.0, but .* frozen_style, which knows length"),
         ({"frozen_style": {"layer": 3}}, "reward.frozen_style.layer: no such key; did you mean"),
     ],
