@@ -258,3 +258,13 @@ def save(model, folder: Path, known=None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, known or tokenizer(), folder)
     return folder
+
+
+def copied(packed, root):
+    """A project that has what `pack` and `sft` left in another one."""
+    root.mkdir()
+    layout = project(root)
+    layout.artifact("pack").parent.mkdir()
+    for stage in ("pack", "sft"):
+        layout.artifact(stage).symlink_to(packed.artifact(stage))
+    return layout

@@ -26,7 +26,7 @@ from tasks.reward import frozen, run
 from tasks.reward.convex import newton, scaled
 from tasks.reward.frozen import fit, pair_weights, read_answers
 from tasks.reward.losses import pair_loss
-from tasks.reward_eval.rules import fit_logistic
+from tasks.run.text_rule import fit_logistic
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 BASE = {"layers": 1, "question_tokens": 6, "answer_tokens": 9, "head_ridge": 5.0, "style_ridge": 20.0}
@@ -127,15 +127,6 @@ def packed(tmp_path_factory):
     return layout
 
 
-def copied(packed, root):
-    root.mkdir()
-    layout = tiny.project(root)
-    layout.artifact("pack").parent.mkdir()
-    for stage in ("pack", "sft"):
-        layout.artifact(stage).symlink_to(packed.artifact(stage))
-    return layout
-
-
 def given(packed, **keys):
     section = {"way": "frozen_style", "base": str(packed.root / "encoder"), "frozen_style": BASE}
     return tiny.params(reward=section | keys)
@@ -143,7 +134,7 @@ def given(packed, **keys):
 
 def test_the_stage_and_its_card(packed, tmp_path):
     """Plain transformers reads the encoder, reward_eval the model; metrics, files, bytes are the stage's."""
-    layouts = [copied(packed, tmp_path / name) for name in "ab"]
+    layouts = [tiny.copied(packed, tmp_path / name) for name in "ab"]
     found = [run(given(packed), layout).metrics for layout in layouts]
     first, second = (tiny.digests(layout.artifact("reward")) for layout in layouts)
     assert found[0] == found[1] and first == second
@@ -177,7 +168,7 @@ def test_the_stage_and_its_card(packed, tmp_path):
 
 
 def test_a_kill_while_reading_goes_on_there(packed, tmp_path, monkeypatch):
-    whole, broken = (copied(packed, tmp_path / name) for name in "ab")
+    whole, broken = (tiny.copied(packed, tmp_path / name) for name in "ab")
     monkeypatch.setattr(frozen, "ANSWERS_AT_A_TIME", 40)
     wanted, real, read = run(given(packed), whole).metrics, FrozenStyle.means, []
 
@@ -237,16 +228,16 @@ def test_an_encoder_that_does_not_serve_names_the_key(packed, tmp_path, reward, 
     places = {"sft": packed.artifact("sft", "model"), "root": packed.root}
     reward = {k: v.format(**places) if isinstance(v, str) else v for k, v in reward.items()}
     with pytest.raises(ValueError, match=line) as caught:
-        run(given(packed, **reward), copied(packed, tmp_path / "run"))
+        run(given(packed, **reward), tiny.copied(packed, tmp_path / "run"))
     assert "\n" not in str(caught.value)
 
 
 def test_its_folder_is_no_base_to_train_from(packed, tmp_path):
-    layout = copied(packed, tmp_path / "run")
+    layout = tiny.copied(packed, tmp_path / "run")
     run(given(packed), layout)
     base = str(layout.artifact("reward", "model"))
     with pytest.raises(ValueError, match=r"reward\.base: .* was made by reward\.way frozen_style"):
-        run(tiny.params(reward={"base": base}), copied(packed, tmp_path / "other"))
+        run(tiny.params(reward={"base": base}), tiny.copied(packed, tmp_path / "other"))
 
 
 @pytest.mark.skipif("STACKRL_ENCODER" not in os.environ, reason="STACKRL_ENCODER names no encoder")

@@ -126,15 +126,6 @@ def packed(tmp_path_factory):
     return layout
 
 
-def copied(packed, root):
-    root.mkdir()
-    layout = tiny.project(root)
-    layout.artifact("pack").parent.mkdir()
-    for stage in ("pack", "sft"):
-        layout.artifact(stage).symlink_to(packed.artifact(stage))
-    return layout
-
-
 def test_groups_are_read_as_packed(packed):
     train, held = read_groups(packed, tiny.reward_model(None))
     table = parquet.read_table(packed.artifact("pack", "groups", "reward.parquet")).to_pylist()
@@ -152,7 +143,7 @@ def test_groups_are_read_as_packed(packed):
 
 def test_the_stage(packed, tmp_path):
     """A folder that plain transformers loads, with the scores of scores.json; the same bytes twice."""
-    layouts = [copied(packed, tmp_path / name) for name in "ab"]
+    layouts = [tiny.copied(packed, tmp_path / name) for name in "ab"]
     found = [run(tiny.params(reward={"epochs": 4}), layout).metrics for layout in layouts]
     assert found[0] == found[1]
     first, second = (tiny.digests(layout.artifact("reward")) for layout in layouts)
@@ -190,7 +181,7 @@ class Steps(TrainerCallback):
 def test_a_kill_in_either_training_goes_on_there(packed, tmp_path, monkeypatch, killed, step, left):
     """And the one that was done is not trained again, though DVC has removed its folder."""
     params = tiny.params(reward={"judge_epochs": 1}, machine={"checkpoint_steps": 2})
-    whole, broken = (copied(packed, tmp_path / name) for name in "ab")
+    whole, broken = (tiny.copied(packed, tmp_path / name) for name in "ab")
     wanted, steps = run(params, whole).metrics, []
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -209,7 +200,7 @@ def test_a_kill_in_either_training_goes_on_there(packed, tmp_path, monkeypatch, 
 
 def test_the_judge_is_another_model_of_other_questions(packed, tmp_path):
     """It shares no question with the reward model, nor its start; its loss is told without the rule."""
-    layout = copied(packed, tmp_path / "run")
+    layout = tiny.copied(packed, tmp_path / "run")
     metrics = run(tiny.params(reward={"judge_epochs": 2}), layout).metrics
     own, other = (read_groups(layout, tiny.reward_model(None), name) for name in ("reward", "judge"))
     names = [{group.name for some in each for group in some} for each in (own, other)]
@@ -252,7 +243,7 @@ def test_what_the_judge_starts_from(tmp_path):
 def test_a_judge_from_a_base_that_is_none_names_its_key(packed, tmp_path):
     settings = {"judge_base": str(tmp_path / "none"), "max_steps": 1}
     with pytest.raises(ValueError, match=r"^reward\.judge_base: no tokenizer in "):
-        run(tiny.params(reward=settings), copied(packed, tmp_path / "run"))
+        run(tiny.params(reward=settings), tiny.copied(packed, tmp_path / "run"))
 
 
 def test_new_weights_are_neither_frozen_nor_asked_for_a_second_offset(packed, tmp_path, monkeypatch):
@@ -260,7 +251,7 @@ def test_new_weights_are_neither_frozen_nor_asked_for_a_second_offset(packed, tm
     monkeypatch.setattr(
         reward_stage, "RewardTrainer", lambda model, config, *_, **__: seen.append(config) or 1 / 0
     )
-    for learner in learners(tiny.params(), tmp_layout := copied(packed, tmp_path / "run")):
+    for learner in learners(tiny.params(), tmp_layout := tiny.copied(packed, tmp_path / "run")):
         with pytest.raises(ZeroDivisionError):
             given = tiny.params(reward={"num_layers_unfrozen": 0, "length_offset": 1.0})
             reward_stage.learn(learner, given, tmp_layout, torch.device("cpu"))
@@ -283,7 +274,7 @@ def test_no_training_question_of_the_judge_names_its_file(packed, tmp_path, monk
 def test_microbatch_tokens_do_not_change_the_batch(packed, tmp_path):
     found = {}
     for most in (4096, 100):
-        layout = copied(packed, tmp_path / f"{most}")
+        layout = tiny.copied(packed, tmp_path / f"{most}")
         found[most] = run(tiny.params(machine={"microbatch_tokens": most}), layout).metrics
     assert found[100]["steps"] == found[4096]["steps"]
     assert found[100]["loss"] == pytest.approx(found[4096]["loss"], rel=1e-3)
@@ -319,7 +310,8 @@ def test_the_settings_reach_the_trainer(packed, tmp_path, monkeypatch):
     }  # fmt: skip
     for adapter in ({}, {"lora_rank": 3, "lora_alpha": 24}):
         with pytest.raises(Asked) as found:
-            run(tiny.params(reward={**settings, **adapter}), copied(packed, tmp_path / f"{len(adapter)}"))
+            layout = tiny.copied(packed, tmp_path / f"{len(adapter)}")
+            run(tiny.params(reward={**settings, **adapter}), layout)
         config, keys = found.value.args
         assert {name: getattr(config, name) for name in settings} == settings
         peft = keys["peft_config"]
@@ -327,7 +319,7 @@ def test_the_settings_reach_the_trainer(packed, tmp_path, monkeypatch):
 
 
 def test_an_adapter_is_merged(packed, tmp_path):
-    layout = copied(packed, tmp_path / "run")
+    layout = tiny.copied(packed, tmp_path / "run")
     metrics = run(
         tiny.params(reward={"lora_rank": 2, "optimizer": "adamw", "learning_rate": 3e-2}), layout
     ).metrics
@@ -346,7 +338,7 @@ def test_an_adapter_is_merged(packed, tmp_path):
     policy.take_reward_adapter(kept)
     documents = [(*g.prompt, *r) for g in held for r in g.responses]
     assert tiny.far(policy.score_documents(documents), score_documents(plain, documents, 8)) < 1e-4
-    again = copied(packed, tmp_path / "again")
+    again = tiny.copied(packed, tmp_path / "again")
     run(tiny.params(reward={"lora_rank": 2, "optimizer": "adamw", "learning_rate": 3e-2}), again)
     found, wanted = (tiny.digests(each.artifact("reward", "model")) for each in (again, layout))
     assert found == wanted
@@ -359,7 +351,7 @@ def test_an_adapter_is_merged(packed, tmp_path):
 
 def test_a_quantised_base_is_merged_in_full_precision(packed, tmp_path, monkeypatch):
     """A base that is rounded, as if by bitsandbytes; the base is then loaded again, as it is."""
-    layout, seen = copied(packed, tmp_path / "run"), []
+    layout, seen = tiny.copied(packed, tmp_path / "run"), []
     monkeypatch.setattr(reward_stage, "quantized_keys", lambda kind: {"quantization_config": kind})
 
     def load(cls, *given, quantization_config=None, **keys):
@@ -388,7 +380,7 @@ def test_a_quantised_base_is_merged_in_full_precision(packed, tmp_path, monkeypa
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_an_encoder_from_training_to_ppo(packed, tmp_path, lora_rank):
     """Its own tokenizer, its own texts; all that scores with it reads what it was trained on."""
-    layout = copied(packed, tmp_path / "run")
+    layout = tiny.copied(packed, tmp_path / "run")
     model = tiny.scorer("bert", vocab_size=104, max_position_embeddings=256)
     base = str(tiny.save(model, tmp_path / "base", tiny.encoder_tokenizer()))
     settings = {"base": base, "lora_rank": lora_rank, "learning_rate": 1e-3, "epochs": 3}
@@ -435,11 +427,11 @@ def test_pairs_that_an_encoder_cannot_tell_apart_are_left_out(packed, tmp_path, 
 
 def test_a_base_that_is_none_names_its_key(packed, tmp_path):
     with pytest.raises(ValueError, match=r"^reward\.base: no tokenizer in "):
-        run(tiny.params(reward={"base": str(tmp_path / "none")}), copied(packed, tmp_path / "run"))
+        run(tiny.params(reward={"base": str(tmp_path / "none")}), tiny.copied(packed, tmp_path / "run"))
 
 
 def test_a_training_that_diverges_replaces_nothing(packed, tmp_path):
-    layout = copied(packed, tmp_path / "a")
+    layout = tiny.copied(packed, tmp_path / "a")
     tiny.save(tiny.scorer(vocab_size=len(tiny.tokenizer())), layout.artifact("reward", "model"))
     before = tiny.digests(layout.artifact("reward"))
     diverging = {"learning_rate": 1e20, "optimizer": "adamw", "warmup_share": 0.0}
