@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from tasks.reward_eval.measures import interval
-from tasks.reward_eval.rules import fit_logistic, sigmoid
 from tasks.run.files import staged
+from tasks.run.text_rule import fit_logistic, sigmoid
 
 BINS = 10  # of confidence, equally wide: 0.05
 BLUE = "#1f5a91"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from params.schema import RewardEvalParams
+from tasks.lm.frozen_style import COUNTED as FEATURES
 from tasks.reward_eval.calibration import calibrate
 from tasks.reward_eval.gate import verdict
 from tasks.reward_eval.measures import (
@@ -17,9 +18,10 @@ from tasks.reward_eval.measures import (
 )
 from tasks.reward_eval.mistakes import worst_mistakes
 from tasks.reward_eval.pairs import HeldOut
-from tasks.reward_eval.rules import FEATURES, TEXT_RULES, LogisticRule
+from tasks.reward_eval.rules import TEXT_RULES
 from tasks.reward_eval.truth import against_style
 from tasks.reward_eval.words import WordRule
+from tasks.run.text_rule import LogisticRule
 
 
 def report(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from tasks.reward_eval.pairs import HeldOut
-from tasks.reward_eval.rules import LogisticRule
 from tasks.reward_eval.words import WordRule
 from tasks.run.intervals import bootstrap
+from tasks.run.text_rule import LogisticRule
 
 FEWEST_CLUSTERS = 5  # behind an interval
 

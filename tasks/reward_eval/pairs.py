@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.reward_eval.rules import text_features
+from tasks.lm.frozen_style import text_features
 from tasks.run.stated import states
 
 STYLES = ("padded", "plain", "clear")  # of the built-in sample's answers, from the worst

@@ -15,20 +15,7 @@ from pathlib import Path
 import numpy as np
 from pyarrow import parquet
 
-from tasks.lm.frozen_style import COUNTED as FEATURES
 from tasks.lm.frozen_style import text_features
-from tasks.run.text_rule import LogisticRule, fit_logistic, fit_rule, sigmoid
-
-__all__ = [
-    "FEATURES",
-    "TEXT_RULES",
-    "LogisticRule",
-    "fit_logistic",
-    "fit_rule",
-    "sigmoid",
-    "text_features",
-    "training_differences",
-]
 
 TEXT_RULES = ("longer", "has_code", "logistic", "answer_only", "style")  # see only the text; `earlier` not
 QUESTIONS_READ = 50_000  # five coefficients need no more

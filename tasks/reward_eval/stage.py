@@ -16,12 +16,13 @@ from tasks.reward_eval.card import report, summary
 from tasks.reward_eval.judge import beside
 from tasks.reward_eval.page import PICTURE, render
 from tasks.reward_eval.pairs import lay_out, name_of
-from tasks.reward_eval.rules import fit_rule, training_differences
+from tasks.reward_eval.rules import training_differences
 from tasks.reward_eval.truth import right_beats_wrong
 from tasks.reward_eval.words import word_rule
 from tasks.run.devices import derive_seed, use_device
 from tasks.run.files import staged, write_json
 from tasks.run.layout import Layout, StageResult
+from tasks.run.text_rule import fit_rule
 from tasks.run.tracking import log_artifact
 
 

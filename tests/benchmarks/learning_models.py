@@ -20,8 +20,8 @@ from tasks.lm.loading import create_causal, load_reward, load_tokenizer, save_mo
 from tasks.lm.prompt import encode_documents, encode_prompts
 from tasks.lm.scoring import score_documents
 from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer, pair_loss
-from tasks.reward_eval.rules import sigmoid
 from tasks.run.devices import seed_everything
+from tasks.run.text_rule import sigmoid
 
 SHARED = Path(os.environ.get("STACKRL_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ASKED, SAID = 36, 89  # first tokens of a question and of an answer that the encoder reads

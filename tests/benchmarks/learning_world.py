@@ -13,7 +13,7 @@ from tasks.lm.frozen_style import style_features
 from tasks.pack.exposure import ahead, balancing_weights
 from tasks.reward.losses import gap_weights
 from tasks.reward_eval.pairs import HeldOut, lay_out
-from tasks.reward_eval.rules import LogisticRule, fit_logistic, fit_rule
+from tasks.run.text_rule import LogisticRule, fit_logistic, fit_rule
 
 SEEDS, FOLDS = (0, 1, 2), 5
 STYLE_RIDGE = 300.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tasks.reward_eval.pairs import HeldOut, lay_out
-from tasks.reward_eval.rules import LogisticRule
+from tasks.run.text_rule import LogisticRule
 
 NO_RULE = LogisticRule(np.zeros(5), np.ones(5), 3, 2)  # cannot tell any two answers
 

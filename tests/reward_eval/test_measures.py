@@ -19,8 +19,8 @@ from tasks.reward_eval.measures import (
     ranks,
 )
 from tasks.reward_eval.pairs import lay_out
-from tasks.reward_eval.rules import LogisticRule
 from tasks.run.intervals import bootstrap
+from tasks.run.text_rule import LogisticRule
 
 
 def test_rules_by_hand():

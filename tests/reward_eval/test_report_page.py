@@ -9,12 +9,13 @@ import pytest
 from cases import NO_RULE, answer, drawn, group, one_pair_each
 
 from params.schema import RewardEvalParams
+from tasks.lm.frozen_style import COUNTED as FEATURES
 from tasks.reward_eval.card import report, summary
 from tasks.reward_eval.measures import interval
 from tasks.reward_eval.mistakes import shortened, worst_mistakes
 from tasks.reward_eval.page import render
 from tasks.reward_eval.pairs import lay_out
-from tasks.reward_eval.rules import FEATURES, LogisticRule
+from tasks.run.text_rule import LogisticRule
 
 BARS = RewardEvalParams(bootstrap_samples=100)
 LONGER = LogisticRule(np.array([1.0, 0, 0, 0, 0]), np.ones(5), 30, 20)

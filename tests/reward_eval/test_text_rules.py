@@ -10,17 +10,13 @@ import pytest
 from cases import answer, group
 from pyarrow import parquet
 
+from tasks.lm.frozen_style import COUNTED as FEATURES
+from tasks.lm.frozen_style import text_features
 from tasks.pack.records import GROUPS
 from tasks.reward_eval import rules
-from tasks.reward_eval.rules import (
-    FEATURES,
-    fit_logistic,
-    fit_rule,
-    sigmoid,
-    text_features,
-    training_differences,
-)
+from tasks.reward_eval.rules import training_differences
 from tasks.run import text_rule
+from tasks.run.text_rule import fit_logistic, fit_rule, sigmoid
 
 
 @pytest.mark.parametrize(

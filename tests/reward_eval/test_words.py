@@ -13,8 +13,8 @@ from tasks.pack.records import GROUPS
 from tasks.reward_eval import words
 from tasks.reward_eval.card import report, summary
 from tasks.reward_eval.pairs import lay_out
-from tasks.reward_eval.rules import fit_logistic, sigmoid
 from tasks.reward_eval.words import COLUMNS, columns, fit_words, grams, marked, word_rule
+from tasks.run.text_rule import fit_logistic, sigmoid
 
 
 def write(path, groups):
