@@ -421,8 +421,10 @@ class PPOParams(Section):
         description="last blocks that are trained; what is below runs once per rollout, for the reference "
         "too; 0: final norm and head alone; null: all",
     )
-    num_value_layers_unfrozen: int = Field(
-        0, ge=0, description="last blocks that the value head has for itself; 0: it shares the policy's"
+    num_value_layers_unfrozen: int | None = Field(
+        0,
+        ge=0,
+        description="last blocks that the value head has for itself; 0: it shares the policy's; null: all",
     )
     use_score_scaling: bool = Field(False, description="divide scores by their running standard deviation")
     use_score_norm: bool = Field(False, description="with use_score_scaling: take off their running mean")
@@ -570,7 +572,7 @@ class Params(Section):
                         f"{name}.lora_rank is 0, but model.quantize is {self.model.quantize}: on a quantised "
                         "base only an adapter learns"
                     )
-            if self.ppo.num_value_layers_unfrozen:
+            if self.ppo.num_value_layers_unfrozen != 0:
                 raise ValueError("ppo.num_value_layers_unfrozen: blocks of a quantised base cannot be copied")
         return self
 

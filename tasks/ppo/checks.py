@@ -7,6 +7,7 @@ from torch import nn
 
 from tasks.lm.adapter_kinds import check_adapters
 from tasks.lm.forest import unwrapped
+from tasks.lm.freezing import blocks_of
 from tasks.lm.seq2seq import is_seq2seq
 from tasks.lm.value_head import ModelWithValueHead
 
@@ -76,16 +77,17 @@ def check_lr_scheduler(scheduler) -> None:
         raise ValueError(f"lr_scheduler must be one of torch.optim.lr_scheduler, not {name}")
 
 
-def check_value_layers(asked: int, model: ModelWithValueHead) -> None:
-    """Refuse a number of value blocks that the model's head was not made with; 0 asks for nothing.
+def check_value_layers(asked: int | None, model: ModelWithValueHead) -> None:
+    """Refuse another number of value blocks than the head was made with. 0 asks for nothing, None for all.
 
     Raises:
         ValueError: the two numbers.
     """
     branch = model.v_head.branch
     there = 0 if branch is None else len(branch.blocks)
-    if asked not in (0, there):
+    wanted = len(blocks_of(model.pretrained_model)) if asked is None else asked
+    if wanted not in (0, there):
         raise ValueError(
             f"ppo.num_value_layers_unfrozen is {asked}, but the model's value head has {there} blocks of its "
-            f"own; load it with num_value_layers_unfrozen={asked}"
+            f"own; load it with num_value_layers_unfrozen={wanted}"
         )

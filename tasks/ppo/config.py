@@ -163,7 +163,7 @@ class PPOConfig:
     max_skipped_steps: int = _shared("max_skipped_steps")
     critic_warmup_updates: int = _shared("critic_warmup_updates")
     num_layers_unfrozen: int | None = _shared("num_layers_unfrozen")
-    num_value_layers_unfrozen: int = _shared("num_value_layers_unfrozen")
+    num_value_layers_unfrozen: int | None = _shared("num_value_layers_unfrozen")
     score_baseline: float = _shared("score_baseline")
     missing_eos_penalty: float = _shared("missing_eos_penalty")
     temperature: float = _shared("temperature")

@@ -11,6 +11,7 @@ from tasks.lm import AutoModelForCausalLMWithValueHead
 from tasks.lm.adapter_files import read_adapter
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.ends import ends_of
+from tasks.lm.freezing import blocks_of
 from tasks.lm.generation import row_seeds
 from tasks.lm.loading import load_causal, load_tokenizer
 from tasks.lm.products import use_onednn_products
@@ -58,8 +59,9 @@ def prepare(params: Params, layout: Layout) -> tuple[Loop, object]:
     causal = load_causal(source, **quantized_keys(params.model.quantize))
     if section.lora_rank:
         causal = add_adapter(causal, section.lora_rank, section.lora_alpha)
+    layers = section.num_value_layers_unfrozen
     policy = AutoModelForCausalLMWithValueHead(
-        causal, num_value_layers_unfrozen=section.num_value_layers_unfrozen
+        causal, num_value_layers_unfrozen=len(blocks_of(causal)) if layers is None else layers
     )
     trainer = PPOTrainer(
         PPOConfig.of_section(section, params.seed), policy, tokenizer=tokenizer, device=device,

@@ -212,7 +212,9 @@ def test_what_the_trainer_tells_the_configuration():
         False,
         False,
     )
-    with pytest.raises(
-        ValueError, match=r"num_value_layers_unfrozen is 2, but the model's value head has 0 blocks"
-    ):
-        trainer(num_value_layers_unfrozen=2)
+    for asked in (2, None):  # None: as many as the model has
+        with pytest.raises(
+            ValueError,
+            match=rf"num_value_layers_unfrozen is {asked}, but the model's value head has 0 blocks .*=2$",
+        ):
+            trainer(num_value_layers_unfrozen=asked)
