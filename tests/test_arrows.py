@@ -5,36 +5,17 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
+from import_graph import FILES, imports, name_of
 
 from tasks.run.layout import STAGES
 
-REPOSITORY = Path(__file__).parents[1]
-MODULES = sorted(path for room in ("flows", "params", "tasks") for path in (REPOSITORY / room).rglob("*.py"))
 MLFLOW_ROOMS = ("tasks.run.tracking", "tasks.register")
 TRAVELS = "tasks.register.serving"  # runs inside a registered model, where nothing of ours is
 FORBIDDEN_NAMES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "numpy.load", "np.load"}
-
-
-def name_of(path: Path) -> str:
-    parts = path.relative_to(REPOSITORY).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
-    """Dotted names of everything that these nodes import: `from a import b` gives a.b."""
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, "relative imports hide where an arrow leads"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            yield from (part.value for part in node.args[:1] if isinstance(part, ast.Constant))
 
 
 def at_import(node: ast.AST) -> Iterator[ast.AST]:
@@ -107,7 +88,7 @@ def forbidden(name: str, tree: ast.Module) -> Iterator[str]:
                 yield f"{name}:{node.lineno} passes {keyword.arg}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_arrows_and_forbidden_calls(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert broken_arrows(name_of(path), tree) == []
@@ -115,8 +96,8 @@ def test_arrows_and_forbidden_calls(path):
 
 
 def test_every_room_was_looked_at():
-    assert {name_of(path).split(".")[0] for path in MODULES} == {"flows", "params", "tasks"}
-    assert {"tasks.__main__", "tasks.run.layout", "flows.rlhf", "params.schema"} <= set(map(name_of, MODULES))
+    assert {name_of(path).split(".")[0] for path in FILES} == {"flows", "params", "tasks"}
+    assert {"tasks.__main__", "tasks.run.layout", "flows.rlhf", "params.schema"} <= set(map(name_of, FILES))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +173,7 @@ def test_what_only_looks_forbidden_passes():
 
 @pytest.mark.slow
 def test_everything_below_flows_imports_without_prefect_mlflow_and_dvc():
-    modules = [name_of(path) for path in MODULES if not is_in(name_of(path), "flows")]
+    modules = [name_of(path) for path in FILES if not is_in(name_of(path), "flows")]
     modules = [name for name in modules if not (name.endswith("__main__") or is_in(name, TRAVELS))]
     script = (
         "import importlib, sys\n"

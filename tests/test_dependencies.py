@@ -1,0 +1,103 @@
+"""The graph says what the code does: nothing imports itself by a detour, a stage depends on what it runs."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+from import_graph import MODULES, REPOSITORY, circles, imported, reached, tree_of
+
+from tasks.run.layout import STAGES
+
+ALLOWED_CIRCLES = [
+    {"tasks.lm.seq2seq", "tasks.lm.sequences"},
+    {f"tasks.ppo.{name}" for name in ("first_step", "looks", "loop", "preflight", "rounding", "trainer")},
+]
+# Of tasks/run, which surrounds a stage, what decides numbers in outs and metrics.
+MEASURES = ("tasks/run/monitor", "tasks/run/text_rule.py", "tasks/run/stated.py", "tasks/run/intervals.py")
+TRAINING = {
+    f"tasks/run/{name}.py"
+    for name in ("arguments", "follow", "held_out", "parts", "rows", "sharded", "start", "supported",
+                 "trainer", "trl_names", "turns")
+}  # fmt: skip
+MISSING = {"sft": TRAINING, "reward": TRAINING}
+
+
+def is_silent(module: str) -> bool:
+    """Whether importing a package runs nothing but its docstring."""
+    body = tree_of(module).body
+    return MODULES[module].name == "__init__.py" and all(
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body
+    )
+
+
+def within(path: str, place: str) -> bool:
+    """Whether a file is that place or stands in it."""
+    return path == place or path.startswith(f"{place}/")
+
+
+def is_measured(path: str) -> bool:
+    """Whether a change of this file may change a result, and not only how a stage is run."""
+    decides = path in TRAINING or any(within(path, place) for place in MEASURES)
+    return within(path, "tasks") and (decides or not within(path, "tasks/run"))
+
+
+def code_of(stage: str) -> set[str]:
+    """Files under tasks/ that a stage runs, those that only surround it excepted."""
+    return files_of(reached(name for name in MODULES if within(name.replace(".", "/"), f"tasks/{stage}")))
+
+
+def files_of(modules: set[str]) -> set[str]:
+    """Their files, but for those that decide nothing."""
+    paths = {MODULES[name].relative_to(REPOSITORY).as_posix() for name in modules if not is_silent(name)}
+    return {path for path in paths if is_measured(path)}
+
+
+def stated_for(stage: str) -> set[str]:
+    """Code dependencies of a stage in dvc.yaml."""
+    stages = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return {path for path in stages[stage]["deps"] if within(path, "tasks")}
+
+
+def differences(code: set[str], stated: set[str]) -> tuple[set[str], set[str]]:
+    """Files that are run and not stated; places that are stated and of which nothing is run."""
+    missing = {path for path in code if not any(within(path, place) for place in stated)}
+    needless = {place for place in stated if not any(within(path, place) for path in code)}
+    return missing, needless
+
+
+def test_nothing_imports_itself_by_a_detour():
+    graph = {name: sorted(imported(name)) for name in sorted(MODULES)}
+    assert sorted(map(sorted, circles(graph))) == sorted(map(sorted, ALLOWED_CIRCLES))
+
+
+def test_a_circle_is_seen():
+    graph = {"a": ["b"], "b": ["c", "d"], "c": ["a"], "d": ["e"], "e": ["d"], "f": ["a", "e"]}
+    assert sorted(map(sorted, circles(graph))) == [["a", "b", "c"], ["d", "e"]]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_the_code_that_it_runs(stage):
+    missing, needless = differences(code_of(stage), stated_for(stage))
+    if stage == "pack":  # the face of tasks.lm imports all heads, whichever of its modules is wanted
+        missing -= files_of(reached({"tasks.lm"}))
+    assert (missing, needless) == (MISSING.get(stage, set()), set())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dependency_is_there(stage):
+    assert all((REPOSITORY / path).exists() for path in stated_for(stage))
+
+
+def test_a_dependency_that_is_missing_or_needless_is_seen():
+    code, stated = {"tasks/sft/stage.py", "tasks/lm/forest.py"}, {"tasks/sft", "tasks/data"}
+    assert differences(code, stated) == ({"tasks/lm/forest.py"}, {"tasks/data"})
+    assert differences(code, {"tasks/sft", "tasks/lm"}) == (set(), set())
+
+
+def test_files_are_read_from_this_tree():
+    assert Path(MODULES["tasks.run.layout"]) == REPOSITORY / "tasks/run/layout.py"
+    assert {"tasks.run", "tasks.run.layout"} <= reached({"tasks.run.locks"})
+    assert "tasks.run.ranks" in imported("tasks.run.launch")
