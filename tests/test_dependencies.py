@@ -12,7 +12,6 @@ from import_graph import MODULES, REPOSITORY, circles, imported, reached, tree_o
 from tasks.run.layout import STAGES
 
 ALLOWED_CIRCLES = [
-    {"tasks.lm.seq2seq", "tasks.lm.sequences"},
     {f"tasks.ppo.{name}" for name in ("first_step", "looks", "loop", "preflight", "rounding", "trainer")},
 ]
 # Of tasks/run, which surrounds a stage, what decides numbers in outs and metrics.

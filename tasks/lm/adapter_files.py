@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tasks.lm.adapter_kinds import check_kind, rewrites
-from tasks.lm.forest import unwrapped
 from tasks.lm.hub import find_file
+from tasks.lm.model.kinds import unwrapped
 from tasks.lm.plain_lora import plain_lora
 from tasks.lm.switching import add_named, take_off, weights_of
 from tasks.run.finite import check_tensors

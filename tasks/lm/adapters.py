@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tasks.lm.adapter_kinds import check_kind, rewrites
-from tasks.lm.forest import unwrapped
+from tasks.lm.model.kinds import unwrapped
 from tasks.lm.quantized import is_quantized
 from tasks.lm.switching import POLICY, REFERENCE, add_named, at_work_on, weights_of
 

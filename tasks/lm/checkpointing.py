@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tasks.lm.forest import unwrapped
+from tasks.lm.model.kinds import unwrapped
 
 
 @contextmanager

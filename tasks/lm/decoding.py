@@ -17,16 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tasks.lm.cache import RowCache
-from tasks.lm.forest import (
-    NO_MASK,
-    Segment,
-    first_position,
-    has_forest,
-    plant,
-    run_forest,
-    unwrapped,
-)
+from tasks.lm.forest import NO_MASK, Segment, has_forest, plant, run_forest
 from tasks.lm.heads import predict
+from tasks.lm.model.kinds import first_position, is_seq2seq, unwrapped
 from tasks.lm.modes import evaluating
 from tasks.lm.padding import left_pad, positions_of
 from tasks.lm.roads import (
@@ -39,7 +32,6 @@ from tasks.lm.roads import (
     trying,
     without_router,
 )
-from tasks.lm.seq2seq import is_seq2seq
 from tasks.lm.target_decoding import TargetDecoder
 
 PREFILL_TOKENS = 8192  # most of one forward over several prompts

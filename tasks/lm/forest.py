@@ -28,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 from tasks.lm import flex
 from tasks.lm.blocks import Sight, attend, look
 from tasks.lm.cache import RowCache
+from tasks.lm.model.kinds import first_position, unwrapped
 
 OF_OTHERS = ("s_aux", "sinks", "indices", "block_indices")  # what other attentions take
 RELATIVE = ("mt5", "t5")  # encoder-decoders that tasks.lm.pairs serves
@@ -288,19 +289,6 @@ def running_only(layers: slice) -> Iterator[None]:
         yield
     finally:
         _layers.reset(outer)
-
-
-def unwrapped(model):
-    """The transformers model inside distributed wrappers and adapters."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def first_position(model) -> int:
-    """RoBERTa and its kin count positions from behind their padding index, which stands for no position."""
-    tables = (m for n, m in model.named_modules() if n.endswith("position_embeddings"))
-    padding = next((getattr(table, "padding_idx", None) for table in tables), None)
-    return 0 if padding is None else padding + 1
 
 
 def _attentions(config, layers: slice = slice(None)) -> int:

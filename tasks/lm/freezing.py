@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from tasks.lm.forest import unwrapped
+from tasks.lm.model.kinds import unwrapped
 from tasks.lm.modes import evaluating
 
 _stacks: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from tasks.lm.decoding import decoder_of, parts_of, prepared
 from tasks.lm.ends import ids_of
-from tasks.lm.forest import unwrapped
+from tasks.lm.model.context import Room, speaking_room
+from tasks.lm.model.kinds import unwrapped
 from tasks.lm.prepack import prepacked
 from tasks.lm.products import default_products
-from tasks.lm.room import Room, speaking_room
 from tasks.lm.seq2seq import check_speaker
 from tasks.lm.steering import Steering
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tasks.lm.adapter_kinds import check_adapters
-from tasks.lm.forest import unwrapped
 from tasks.lm.logprobs import TokenReadings, kl_nats, product_dtype, read_tokens, summed_nll
+from tasks.lm.model.kinds import unwrapped
 from tasks.lm.narrow import last_mlp_at
 
 LOUD = 1e3  # the largest logit of the trial's second state: caps of 30 and 50 show

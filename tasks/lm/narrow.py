@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from tasks.lm.forest import unwrapped
+from tasks.lm.model.kinds import unwrapped
 
 WORTH = 0.9  # of the tokens; when more are read, all are computed
 

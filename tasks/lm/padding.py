@@ -1,14 +1,19 @@
-"""Rows of unlike length in one tensor: padded on the left, or on the right, where no causal model looks."""
+"""Rows of unlike length in one tensor: padded on the left, or on the right, where no causal model looks.
+
+And prompts with their responses, padded on both sides, and as a forest.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tasks.lm.forest import Forest
+from tasks.lm.forest import Forest, Segment, plant
 
 
 def left_pad(rows: Sequence[Sequence[int] | Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -67,3 +72,93 @@ def pad_forest(forest: Forest) -> tuple[Tensor, Tensor]:
     for row, path in reversed(list(enumerate(leaves))):
         where[path] = row * tokens.shape[1] + torch.arange(len(path), device=device)
     return tokens, where
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Prompts padded on the left, responses on the right.
+
+    Miniature: prompts [[5, 6], [7]], responses [[8, 1], [9]] with pad 0 -> tokens [[5, 6, 8, 1], [0, 7, 9,
+    0]], is_real [[T, T, T, T], [F, T, T, F]], is_response [[T, T], [T, F]].
+    """
+
+    tokens: Tensor  # [B, S] int64
+    is_real: Tensor  # [B, S] bool
+    is_response: Tensor  # [B, R] bool, R ≥ 1: the real part of the last R columns; none of an empty response
+
+    @property
+    def responses(self) -> Tensor:
+        """The response columns, [B, R]."""
+        return self.tokens[:, -self.is_response.shape[1] :]
+
+    def rows(self, index: Tensor) -> Sequences:
+        """Some rows."""
+        return Sequences(*(getattr(self, f.name)[index] for f in fields(self)))
+
+
+def lay_out(
+    prompts: Sequence[Sequence[int] | Tensor],
+    responses: Sequence[Sequence[int] | Tensor],
+    pad_id: int,
+    device,
+) -> Sequences:
+    """B prompts and B responses, lists of token ids or 1-D tensors -> padded tensors on the device.
+
+    A response may be empty.
+
+    Raises:
+        ValueError: none at all, not equally many, a row that is not one-dimensional, or an empty prompt
+            (names the row).
+    """
+    if not len(prompts) or len(prompts) != len(responses):
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(responses)} responses came; equally many are wanted"
+        )
+    for what, found in (("prompt", prompts), ("response", responses)):
+        for i, row in enumerate(found):
+            if isinstance(row, Tensor) and row.ndim != 1:
+                raise ValueError(f"{what} {i} has shape {tuple(row.shape)}; a row of token ids is wanted")
+            if what == "prompt" and len(row) == 0:
+                raise ValueError(f"prompt {i} is empty; it needs at least one token")
+    left, real_left = left_pad(prompts, pad_id)
+    right, real_right = left_pad([torch.as_tensor(r).flip(0) for r in responses], pad_id)
+    right, real_right = right.flip(1), real_right.flip(1)
+    tokens, is_real = torch.cat([left, right], 1), torch.cat([real_left, real_right], 1)
+    return Sequences(tokens.to(device), is_real.to(device), real_right.to(device))
+
+
+def plant_sequences(sequences: Sequences) -> tuple[Forest, Tensor, Tensor]:
+    """The real tokens as a forest, the places [N] that predict the N real response tokens, and all places.
+
+    A row is a root; rows of one prompt share it as their root, and their responses are its children. The
+    places are listed row by row, as `tokens[is_response]` lists the tokens; all places are [B, S], 0 at
+    padding.
+    """
+    whole, is_real = sequences.tokens.cpu(), sequences.is_real.cpu()
+    rows = [row[keep].tolist() for row, keep in zip(whole, is_real, strict=True)]
+    answered = sequences.is_response.sum(1).tolist()
+    prompts = [tuple(row[: len(row) - n]) for row, n in zip(rows, answered, strict=True)]
+    times, roots, segments = Counter(prompts), {}, []
+    homes = []  # of each row: the segment of its prompt, and that of its response
+    for row, prompt, n in zip(rows, prompts, answered, strict=True):
+        if times[prompt] == 1:
+            homes.append((len(segments), len(segments)))
+            segments.append(Segment(row))
+            continue
+        if prompt not in roots:
+            roots[prompt] = len(segments)
+            segments.append(Segment(prompt))
+        homes.append((roots[prompt], len(segments)))
+        if n:
+            segments.append(Segment(row[len(prompt) :], roots[prompt]))
+    forest, places, everywhere = plant(segments), [], []
+    for (root, home), prompt, n in zip(homes, prompts, answered, strict=True):
+        start = forest.starts[root]
+        everywhere += range(start, start + len(prompt))
+        if n:
+            first = forest.starts[home] + (len(prompt) if home == root else 0)
+            places += [start + len(prompt) - 1, *range(first, first + n - 1)]
+            everywhere += range(first, first + n)
+    device = sequences.tokens.device
+    where = torch.zeros_like(whole).masked_scatter(is_real, torch.tensor(everywhere))
+    return forest.to(device), torch.tensor(places, dtype=torch.long, device=device), where.to(device)

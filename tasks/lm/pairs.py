@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tasks.lm.blocks import Sight, look
-from tasks.lm.forest import NO_MASK, RELATIVE, Forest, Segment, plant, proven, unwrapped
+from tasks.lm.forest import NO_MASK, RELATIVE, Forest, Segment, plant, proven
+from tasks.lm.model.kinds import unwrapped
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tasks.lm.forest import unwrapped
+from tasks.lm.model.kinds import unwrapped
 
 PLAIN = ("lm_head", "embed_out", "score", "classifier")  # heads, which stay what they are
 

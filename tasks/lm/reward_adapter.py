@@ -19,9 +19,9 @@ from tasks.lm.adapter_files import SavedAdapter, put_on, read_adapter, tensors_o
 from tasks.lm.adapters import has_adapter
 from tasks.lm.forest import Segment, has_forest, plant, run_forest
 from tasks.lm.heads import predict
+from tasks.lm.model.context import check_room, room_of
 from tasks.lm.modes import evaluating
 from tasks.lm.roads import mask_keys, take_road
-from tasks.lm.scoring import check_room, room_of
 from tasks.lm.switching import at_work
 
 REWARD = "reward_model_adapter"

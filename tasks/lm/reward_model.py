@@ -19,9 +19,11 @@ from torch import Tensor
 from tasks.lm.ends import closed, same_words
 from tasks.lm.frozen_style import HEAD, FrozenStyle, Head
 from tasks.lm.loading import create_reward, fit_embeddings, load_encoder, load_reward, load_tokenizer
+from tasks.lm.model.context import room_of
+from tasks.lm.model.kinds import is_encoder
 from tasks.lm.prompt import CLEAN, decode_responses, parted, without_eos
 from tasks.lm.reading import encode
-from tasks.lm.scoring import is_encoder, room_of, score_documents
+from tasks.lm.scoring import score_documents
 
 SCORES = "scores.json"
 LEAST_STD = 1e-6  # scores are divided by no less

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tasks.lm.forest import Forest, Segment, first_position, plant, run_forest, serve_forest, unwrapped
+from tasks.lm.forest import Forest, Segment, plant, run_forest, serve_forest
 from tasks.lm.heads import Predictions, check_causal, predict
+from tasks.lm.model.kinds import first_position, unwrapped
 from tasks.lm.modes import evaluating
 from tasks.lm.narrow import leave_whole
 from tasks.lm.padding import left_pad, pad_forest, positions_of

@@ -12,16 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tasks.lm.adapter_kinds import check_adapters
-from tasks.lm.forest import (
-    Forest,
-    Segment,
-    first_position,
-    has_forest,
-    plant,
-    run_forest,
-    serve_forest,
-    unwrapped,
-)
+from tasks.lm.forest import Forest, Segment, has_forest, plant, run_forest, serve_forest
+from tasks.lm.model.context import check_room, room_of
+from tasks.lm.model.kinds import is_encoder, unwrapped
 from tasks.lm.modes import evaluating
 from tasks.lm.narrow import last_mlp_at
 from tasks.lm.roads import (
@@ -41,42 +34,6 @@ STACKS = {
     "bert": "encoder", "roberta": "encoder", "xlm-roberta": "encoder", "camembert": "encoder",
     "electra": "encoder", "distilbert": "transformer",
 }  # fmt: skip
-
-
-def is_encoder(model) -> bool:
-    """Whether a reward model reads whole documents by a head of its own; else it is read at the last token.
-
-    An encoder's documents are roots of a forest that is not causal; a decoder's answers can share a question.
-    """
-    bare = unwrapped(model)
-    return bare.config.is_encoder_decoder or not hasattr(bare, "score")
-
-
-def room_of(model) -> int | None:
-    """Most tokens of a document that the model has places for; None: no bound.
-
-    A rope that takes other frequencies for long rows (longrope, dynamic) takes them for a batch as a whole:
-    documents that are longer than its original length would change what is said of their neighbours.
-    """
-    config = unwrapped(model).config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
-    ropes = getattr(config, "rope_parameters", None) or {}
-    for rope in (ropes, *(each for each in ropes.values() if isinstance(each, dict))):
-        original = rope.get("original_max_position_embeddings")
-        if rope.get("rope_type") in ("longrope", "dynamic") and original:
-            most = original if most is None else min(most, original)
-    return most and most - first_position(model)
-
-
-def check_room(documents: Sequence[Sequence[int]], most: int | None, what: str = "document") -> None:
-    """Refuse a document of more tokens than the model has places for.
-
-    Raises:
-        ValueError: names its row and both lengths.
-    """
-    for row, ids in enumerate(documents):
-        if most is not None and len(ids) > most:
-            raise ValueError(f"{what} {row} has {len(ids)} tokens; the model has room for {most}")
 
 
 def check_scorer(model) -> None:

@@ -19,21 +19,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from tasks.lm.adapter_kinds import check_adapters
-from tasks.lm.critic import states_of
-from tasks.lm.forest import has_forest, unwrapped
+from tasks.lm.forest import has_forest
 from tasks.lm.heads import Predictions, check_causal, predict
+from tasks.lm.model.hooks import states_of
+from tasks.lm.model.kinds import is_seq2seq, start_of, unwrapped
 from tasks.lm.pairs import plant_pairs, run_pairs
 from tasks.lm.trunk import TrunkStates, given_trunk
 
 if TYPE_CHECKING:
-    from tasks.lm.sequences import Sequences
+    from tasks.lm.padding import Sequences
 
 _log = logging.getLogger(__name__)
-
-
-def is_seq2seq(model: nn.Module) -> bool:
-    """Whether an encoder reads the prompts."""
-    return unwrapped(model).config.is_encoder_decoder
 
 
 def check_seq2seq(model: nn.Module) -> None:
@@ -59,31 +55,6 @@ def check_speaker(model: nn.Module) -> None:
         ValueError: as :func:`check_seq2seq` or :func:`tasks.lm.heads.check_causal`.
     """
     (check_seq2seq if is_seq2seq(model) else check_causal)(model)
-
-
-def start_of(model: nn.Module) -> int:
-    """The token that the decoder reads first.
-
-    Raises:
-        ValueError: the configuration names none.
-    """
-    bare = unwrapped(model)
-    configs = bare.config, getattr(bare, "generation_config", None)
-    named = [getattr(config, "decoder_start_token_id", None) for config in configs]
-    start = next((token for token in named if token is not None), None)
-    if start is None:
-        raise ValueError(f"{type(bare).__name__}: its configuration has no decoder_start_token_id")
-    return start
-
-
-def warn_of_start(model: nn.Module, responses: Sequence[Sequence[int]]) -> None:
-    """Say so where responses come with the start token before them, as transformers generates them."""
-    first = {response[0] for response in responses if response}
-    if is_seq2seq(model) and first == {start_of(model)}:
-        _log.warning(
-            "every response begins with the decoder's start token, %d, as if it had been sampled; cut it off "
-            "what transformers' generate gives (PPOTrainer.generate has none)", *first,
-        )  # fmt: skip
 
 
 def split(sequences: Sequences) -> tuple[list[list[int]], list[list[int]]]:

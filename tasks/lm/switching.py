@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.lm.adapter_kinds import uninitialised
-from tasks.lm.forest import unwrapped
+from tasks.lm.model.kinds import unwrapped
 from tasks.lm.modes import evaluating
 
 REFERENCE = "reference"

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutput
 
-from tasks.lm.forest import unwrapped
-from tasks.lm.seq2seq import encode, start_of
+from tasks.lm.model.kinds import start_of, unwrapped
+from tasks.lm.seq2seq import encode
 
 PREFILL_TOKENS = 8192  # most of one forward of the encoder
 

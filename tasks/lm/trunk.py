@@ -15,9 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from tasks.lm.forest import RELATIVE, Segment, has_forest, plant, run_forest, running_only, unwrapped
+from tasks.lm.forest import RELATIVE, Segment, has_forest, plant, run_forest, running_only
 from tasks.lm.freezing import blocks_of, trunk_of
 from tasks.lm.heads import predict
+from tasks.lm.model.kinds import unwrapped
 from tasks.lm.pairs import handed_on
 from tasks.lm.roads import attention_kept, is_close_in, remembered, trial_tokens, trying, without_router
 

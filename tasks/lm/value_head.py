@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tasks.lm.adapters import add_adapter, has_adapter
-from tasks.lm.critic import ValueBranch, ValueHead, branch_layers, calls_of, states_of
-from tasks.lm.forest import unwrapped
+from tasks.lm.critic import ValueBranch, ValueHead, branch_layers
 from tasks.lm.heads import check_causal
 from tasks.lm.hub import VALUE_HEAD
 from tasks.lm.loading import load_causal, load_seq2seq
+from tasks.lm.model.hooks import calls_of, states_of
+from tasks.lm.model.kinds import unwrapped
 from tasks.lm.reward_adapter import REWARD, ScoredByAdapter, load_reward_adapter
 from tasks.lm.roads import mask_keys
 from tasks.lm.saved_policy import (

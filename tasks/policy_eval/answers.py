@@ -11,9 +11,10 @@ import torch
 
 from tasks.lm.ends import ends_of
 from tasks.lm.generation import draw_uniforms, generate, row_seeds
+from tasks.lm.padding import lay_out
 from tasks.lm.reward_model import RewardModel
 from tasks.lm.roads import take_road
-from tasks.lm.sequences import lay_out, response_logprobs
+from tasks.lm.sequences import response_logprobs
 from tasks.run.stated import invents, stated, states
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # prompt and response

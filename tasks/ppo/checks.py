@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from tasks.lm.adapter_kinds import check_adapters
-from tasks.lm.forest import unwrapped
 from tasks.lm.freezing import blocks_of
-from tasks.lm.seq2seq import is_seq2seq
+from tasks.lm.model.kinds import is_seq2seq, unwrapped
 from tasks.lm.value_head import ModelWithValueHead
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tasks.lm.checkpointing import recompute_blocks
 from tasks.lm.generation import draw_uniforms, row_seeds
+from tasks.lm.model.kinds import is_seq2seq
 from tasks.lm.modes import evaluating
 from tasks.lm.precision import autocast
-from tasks.lm.seq2seq import is_seq2seq, logits_alone
+from tasks.lm.seq2seq import logits_alone
 from tasks.lm.sequences import read_responses
 from tasks.ppo.batch import check_batch, read_scores
 from tasks.ppo.reward_functions import RewardFunction

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from tasks.lm.ends import closed
+from tasks.lm.model.context import room_of
 from tasks.lm.modes import evaluating
 from tasks.lm.prompt import decode_responses, parted, without_eos
 from tasks.lm.reading import encode, harmless
 from tasks.lm.reward_model import RewardModel, scale_of
-from tasks.lm.scoring import check_scorer, room_of
+from tasks.lm.scoring import check_scorer
 from tasks.ppo.batch import read_scores
 from tasks.ppo.human_scores import read_human_scores
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from tasks.lm.sequences import Sequences, read_responses, read_trunk, response_kl, response_logprobs
+from tasks.lm.padding import Sequences
+from tasks.lm.sequences import read_responses, read_trunk, response_kl, response_logprobs
 from tasks.lm.trunk import Hydra, TrunkStates, joined
 from tasks.ppo.rewards import kl_estimate
 

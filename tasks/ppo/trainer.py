@@ -19,14 +19,15 @@ from tasks.lm.ends import ends_of
 from tasks.lm.freezing import blocks_of, freeze_layers
 from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
 from tasks.lm.masked import alone, masked_mean
+from tasks.lm.model.context import Room, speaking_room
+from tasks.lm.model.kinds import is_seq2seq, start_of, warn_of_start
 from tasks.lm.modes import in_evaluation
 from tasks.lm.optimizer import check_optimizer, make_optimizer
+from tasks.lm.padding import lay_out
 from tasks.lm.precision import autocast
 from tasks.lm.reference import create_reference_model
 from tasks.lm.roads import take_road
-from tasks.lm.room import Room, speaking_room
-from tasks.lm.seq2seq import is_seq2seq, start_of, warn_of_start
-from tasks.lm.sequences import lay_out, read_responses
+from tasks.lm.sequences import read_responses
 from tasks.lm.steering import Steering
 from tasks.lm.switching import at_work, reference_adapters
 from tasks.lm.trunk import Hydra

@@ -161,7 +161,8 @@ def _parts(recipe: Recipe, folder: Path) -> tuple[dict[str, Any], dict[str, Any]
     from transformers import AutoTokenizer, GenerationConfig
 
     from tasks.lm.loading import load_causal, load_reward
-    from tasks.lm.scoring import is_encoder, room_of
+    from tasks.lm.model.context import room_of
+    from tasks.lm.model.kinds import is_encoder
 
     load = load_reward if recipe.is_reward else load_causal
     model, tokenizer = load(folder, key=_key(folder)).eval(), AutoTokenizer.from_pretrained(folder)

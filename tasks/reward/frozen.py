@@ -19,8 +19,8 @@ from torch import Tensor
 from params.schema import Params, RewardParams
 from tasks.lm.frozen_style import HEAD, FrozenStyle, Head, features_of
 from tasks.lm.loading import load_encoder, load_tokenizer, save_model
+from tasks.lm.model.context import room_of
 from tasks.lm.reward_model import frozen_style, load_frozen_style, write_scale
-from tasks.lm.scoring import room_of
 from tasks.reward.convex import newton, one_thread, scaled
 from tasks.reward.losses import gap_weights, pair_loss
 from tasks.run.curve import Curve

@@ -17,8 +17,10 @@ from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.dropout import disable_dropout
 from tasks.lm.freezing import freeze_layers
 from tasks.lm.loading import load_reward, load_tokenizer
+from tasks.lm.model.context import room_of
+from tasks.lm.model.kinds import is_encoder
 from tasks.lm.precision import autocast
-from tasks.lm.scoring import check_scorer, forest_scores, is_encoder, room_of, take_scoring_road
+from tasks.lm.scoring import check_scorer, forest_scores, take_scoring_road
 from tasks.lm.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
 from tasks.reward.config import RewardConfig
 from tasks.reward.fitting import (

@@ -18,14 +18,15 @@ from transformers.trainer_utils import PredictionOutput
 
 from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
 from tasks.lm.ends import fit_special_tokens, save_tokenizer
-from tasks.lm.forest import has_forest, run_forest, unwrapped
+from tasks.lm.forest import has_forest, run_forest
 from tasks.lm.freezing import freeze_layers
 from tasks.lm.heads import Predictions, check_causal, predict
 from tasks.lm.loading import fit_embeddings, load_causal, load_tokenizer
+from tasks.lm.model.context import room_of
+from tasks.lm.model.kinds import unwrapped
 from tasks.lm.padding import pad_forest
 from tasks.lm.precision import autocast
 from tasks.lm.roads import take_road
-from tasks.lm.scoring import room_of
 from tasks.lm.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
 from tasks.run.finite import FiniteTraining, check_weights
 from tasks.run.held_out import HeldOut

@@ -9,7 +9,8 @@ import torch
 from tasks.lm.checkpointing import recompute_blocks
 from tasks.lm.forest import serve_forest
 from tasks.lm.freezing import blocks_of
-from tasks.lm.sequences import lay_out, read_responses
+from tasks.lm.padding import lay_out
+from tasks.lm.sequences import read_responses
 
 KINDS = ["llama", "gpt2", "opt", "gpt_neox", "bart", "t5"]
 

@@ -16,8 +16,9 @@ from tasks.lm.decoding import prepared, way_of
 from tasks.lm.forest import has_forest
 from tasks.lm.freezing import freeze_layers
 from tasks.lm.generation import generate
+from tasks.lm.padding import lay_out
 from tasks.lm.roads import take_road
-from tasks.lm.sequences import lay_out, read_responses, read_trunk, response_logprobs
+from tasks.lm.sequences import read_responses, read_trunk, response_logprobs
 from tasks.lm.trunk import frozen_depth
 
 CLOSE = 1e-5

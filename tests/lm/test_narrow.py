@@ -9,7 +9,8 @@ import torch
 from tasks.lm.adapters import add_adapter
 from tasks.lm.forest import serve_forest
 from tasks.lm.narrow import last_mlp_at
-from tasks.lm.sequences import lay_out, read_responses
+from tasks.lm.padding import lay_out
+from tasks.lm.sequences import read_responses
 
 KINDS = ["llama", "qwen2", "gemma", "gpt2", "gpt_neox", "phi3", "opt", "bloom", "gptj", "gemma2"]
 

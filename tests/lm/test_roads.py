@@ -12,9 +12,11 @@ import torch
 from tasks.lm import AutoModelForCausalLMWithValueHead, roads
 from tasks.lm.forest import has_forest
 from tasks.lm.generation import generate
+from tasks.lm.model.context import room_of
+from tasks.lm.padding import lay_out
 from tasks.lm.roads import check_road, remembered, take_road
-from tasks.lm.scoring import room_of, score_documents, take_scoring_road
-from tasks.lm.sequences import lay_out, response_logprobs
+from tasks.lm.scoring import score_documents, take_scoring_road
+from tasks.lm.sequences import response_logprobs
 from tasks.ppo import PPOConfig, PPOTrainer
 from tasks.reward import RewardConfig, RewardTrainer
 from tasks.sft import SFTConfig, SFTTrainer

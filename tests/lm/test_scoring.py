@@ -9,7 +9,8 @@ from transformers import AutoModelForTokenClassification
 
 from tasks.lm import blocks, scoring
 from tasks.lm.forest import Segment, enable_forest, plant, run_forest, serve_forest
-from tasks.lm.scoring import STACKS, forest_scores, is_encoder, score_documents
+from tasks.lm.model.kinds import is_encoder
+from tasks.lm.scoring import STACKS, forest_scores, score_documents
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "opt", "gemma2")
 PADDED_DECODERS = ("gptj", "bloom")

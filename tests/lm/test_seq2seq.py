@@ -25,8 +25,9 @@ from tasks.lm.adapters import add_adapter, merge_checked
 from tasks.lm.checkpointing import recompute_blocks
 from tasks.lm.forest import serve_forest
 from tasks.lm.freezing import blocks_of, freeze_layers
-from tasks.lm.room import Room, speaking_room
-from tasks.lm.seq2seq import check_seq2seq, distinct_of, encode, logits_alone, split, start_of
+from tasks.lm.model.context import Room, speaking_room
+from tasks.lm.model.kinds import start_of
+from tasks.lm.seq2seq import check_seq2seq, distinct_of, encode, logits_alone, split
 from tasks.lm.sequences import read_responses, response_kl, response_logprobs
 
 WAYS = [(name, False) for name in KINDS] + [(name, True) for name in PACKED]

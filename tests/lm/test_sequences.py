@@ -9,17 +9,17 @@ from peft import LoraConfig, get_peft_model
 
 from tasks.lm import logprobs
 from tasks.lm.forest import Segment, has_forest, plant, serve_forest
-from tasks.lm.padding import flush_left, left_pad, pad_forest, positions_of
-from tasks.lm.roads import check_road, take_road
-from tasks.lm.sequences import (
+from tasks.lm.padding import (
     Sequences,
-    _at,
+    flush_left,
     lay_out,
+    left_pad,
+    pad_forest,
     plant_sequences,
-    read_responses,
-    response_kl,
-    response_logprobs,
+    positions_of,
 )
+from tasks.lm.roads import check_road, take_road
+from tasks.lm.sequences import _at, read_responses, response_kl, response_logprobs
 from tasks.lm.value_head import AutoModelForCausalLMWithValueHead
 
 T, F = True, False

@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from tasks.lm import AutoModelForCausalLMWithValueHead, create_reference_model
 from tasks.lm.forest import serve_forest
 from tasks.lm.freezing import blocks_of, freeze_layers
-from tasks.lm.sequences import lay_out, read_responses, read_trunk, response_kl, response_logprobs
+from tasks.lm.padding import lay_out
+from tasks.lm.sequences import read_responses, read_trunk, response_kl, response_logprobs
 from tasks.lm.trunk import Hydra, TrunkStates, frozen_depth, joined, shares_trunk
 
 KINDS = ("llama", "mistral", "qwen3", "gemma", "gpt2", "opt", "gpt_neox", "gptj", "bloom")

@@ -10,7 +10,8 @@ from peft import LoraConfig
 
 from tasks.lm import AutoModelForCausalLMWithValueHead, create_reference_model
 from tasks.lm.freezing import blocks_of
-from tasks.lm.sequences import lay_out, response_logprobs
+from tasks.lm.padding import lay_out
+from tasks.lm.sequences import response_logprobs
 
 BLOCKS = 3
 KINDS = ("llama", "gpt2", "gptj")

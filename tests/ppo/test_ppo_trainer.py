@@ -10,7 +10,8 @@ import torch
 from made_trainers import DROPOUT, batch, far_weights, first_gradients, trainer, weights
 
 from tasks.lm.generation import row_seeds
-from tasks.lm.sequences import lay_out, read_responses
+from tasks.lm.padding import lay_out
+from tasks.lm.sequences import read_responses
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
