@@ -32,29 +32,52 @@ def imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
             yield from (part.value for part in node.args[:1] if isinstance(part, ast.Constant))
 
 
+def at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Like `ast.walk`, but only what importing the module runs: no bodies of functions, nothing for types."""
+    yield node
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from at_import(child)
+
+
 @cache
 def tree_of(module: str) -> ast.Module:
     """The syntax tree of a module."""
     return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
 
-@cache
-def imported(module: str) -> frozenset[str]:
-    """Modules of ours that a module imports anywhere: in functions and for types alone too."""
-    targets = set(imports(ast.walk(tree_of(module))))
+def of_ours(module: str, nodes: Iterable[ast.AST]) -> frozenset[str]:
+    """Modules of ours that these nodes of a module import."""
+    targets = set(imports(nodes))
     known = {name if name in MODULES else name.rpartition(".")[0] for name in targets}
     return frozenset(known & MODULES.keys() - {module})
 
 
+@cache
+def imported(module: str) -> frozenset[str]:
+    """Modules of ours that a module imports anywhere: in functions and for types alone too."""
+    return of_ours(module, ast.walk(tree_of(module)))
+
+
+@cache
+def loaded(module: str) -> frozenset[str]:
+    """Modules of ours that importing a module imports at once."""
+    return of_ours(module, at_import(tree_of(module)))
+
+
 def reached(modules: Iterable[str]) -> set[str]:
-    """These modules, all that they import, and so on; and the packages that stand above each."""
-    found, waiting = set(), set(modules)
+    """These modules, all that they import, and so on; and the packages above each, with what these load."""
+    found, packages, waiting = set(), set(), set(modules)
     while waiting:
         name = waiting.pop()
         found.add(name)
-        above = {name.rpartition(".")[0]} & MODULES.keys()
-        waiting |= (imported(name) | above) - found
-    return found
+        above = {name[:i] for i, sign in enumerate(name) if sign == "."} & MODULES.keys()
+        packages |= above
+        waiting |= imported(name).union(*map(loaded, above)) - found
+    return found | packages
 
 
 def circles(graph: dict[str, Iterable[str]]) -> list[set[str]]:

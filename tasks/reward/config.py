@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from tasks.lm.trainer_optimizer import check_optim
+from tasks.lm.numerics.trainer_optimizer import check_optim
 from tasks.run.start import SHOWN_AS_A_WHOLE
 from tasks.run.supported import check_written
 from tasks.run.trl_names import MODEL, Only, takes
@@ -96,7 +96,7 @@ class RewardConfig(TrainingArguments):
         default=1024, metadata={"help": "most tokens of one forward; a longer question is alone; 0: no bound"}
     )
     optimizer: str | None = field(
-        default=None, metadata={"help": "by its name in tasks.lm.optimizer; None: as optim says"}
+        default=None, metadata={"help": "by its name in tasks.lm.numerics.optimizer; None: as optim says"}
     )
     logging_steps: float = field(
         default=SHOWN_AS_A_WHOLE, metadata={"help": "steps between two lines; fewer than 10 in all: each"}

@@ -13,14 +13,14 @@ from pyarrow import parquet
 from torch import Tensor
 
 from params.schema import Params
-from tasks.lm.adapter_files import tensors_of, write_adapter
-from tasks.lm.adapters import lora
-from tasks.lm.loading import load_tokenizer, save_model
+from tasks.lm.adapters.files import tensors_of, write_adapter
+from tasks.lm.adapters.lora import lora
+from tasks.lm.heads.reward_model import RewardModel, write_scale
 from tasks.lm.model.kinds import is_encoder
-from tasks.lm.optimizer import check_optimizer
-from tasks.lm.products import use_onednn_products
-from tasks.lm.quantized import quantized_keys
-from tasks.lm.reward_model import RewardModel, write_scale
+from tasks.lm.model.loading import load_tokenizer, save_model
+from tasks.lm.model.quantized import quantized_keys
+from tasks.lm.numerics.matmul import use_onednn_products
+from tasks.lm.numerics.optimizer import check_optimizer
 from tasks.reward.config import RewardConfig
 from tasks.reward.frozen import learn_frozen
 from tasks.reward.learners import Learner, learners, refuse_without_pairs

@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PredictionOutput
 
-from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
-from tasks.lm.dropout import disable_dropout
-from tasks.lm.freezing import freeze_layers
-from tasks.lm.loading import load_reward, load_tokenizer
+from tasks.lm.adapters.lora import add_adapter, merge_checked, merge_onto
+from tasks.lm.heads.scores import check_scorer, forest_scores, take_scoring_road
 from tasks.lm.model.context import room_of
+from tasks.lm.model.dropout import disable_dropout
+from tasks.lm.model.freezing import freeze_layers
 from tasks.lm.model.kinds import is_encoder
-from tasks.lm.precision import autocast
-from tasks.lm.scoring import check_scorer, forest_scores, take_scoring_road
-from tasks.lm.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
+from tasks.lm.model.loading import load_reward, load_tokenizer
+from tasks.lm.numerics.precision import autocast
+from tasks.lm.numerics.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
 from tasks.reward.config import RewardConfig
 from tasks.reward.fitting import (
     ends_to_leave_out,

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from tasks.lm.trainer_optimizer import check_optim
+from tasks.lm.numerics.trainer_optimizer import check_optim
 from tasks.run.start import SHOWN_AS_A_WHOLE
 from tasks.run.supported import check_written
 from tasks.run.trl_names import MODEL, Is, Only, Unused, takes
@@ -79,7 +79,7 @@ class SFTConfig(TrainingArguments):
         default=2048, metadata={"help": "most tokens of one forward; a longer row goes alone; 0: no bound"}
     )
     optimizer: str | None = field(
-        default=None, metadata={"help": "by its name in tasks.lm.optimizer; None: as optim says"}
+        default=None, metadata={"help": "by its name in tasks.lm.numerics.optimizer; None: as optim says"}
     )
     logging_steps: float = field(
         default=SHOWN_AS_A_WHOLE, metadata={"help": "steps between two lines; fewer than 10 in all: each"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pyarrow import parquet
 
 from params.schema import Params
-from tasks.lm.adapters import lora
-from tasks.lm.loading import create_causal, fit_embeddings, load_causal, load_tokenizer, save_model
-from tasks.lm.optimizer import check_optimizer
-from tasks.lm.products import use_onednn_products
-from tasks.lm.quantized import quantized_keys
+from tasks.lm.adapters.lora import lora
+from tasks.lm.model.loading import create_causal, fit_embeddings, load_causal, load_tokenizer, save_model
+from tasks.lm.model.quantized import quantized_keys
+from tasks.lm.numerics.matmul import use_onednn_products
+from tasks.lm.numerics.optimizer import check_optimizer
 from tasks.run.arguments import training_arguments
 from tasks.run.curve import Curve, plot
 from tasks.run.devices import derive_seed, seed_everything, use_device

@@ -16,18 +16,18 @@ from torch import Tensor
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PredictionOutput
 
-from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
-from tasks.lm.ends import fit_special_tokens, save_tokenizer
-from tasks.lm.forest import has_forest, run_forest
-from tasks.lm.freezing import freeze_layers
-from tasks.lm.heads import Predictions, check_causal, predict
-from tasks.lm.loading import fit_embeddings, load_causal, load_tokenizer
+from tasks.lm.adapters.lora import add_adapter, merge_checked, merge_onto
+from tasks.lm.attention.forest import has_forest, run_forest
+from tasks.lm.attention.padding import pad_forest
+from tasks.lm.logprobs.lm_head import Predictions, check_causal, predict
+from tasks.lm.logprobs.roads import take_road
 from tasks.lm.model.context import room_of
+from tasks.lm.model.ends import fit_special_tokens, save_tokenizer
+from tasks.lm.model.freezing import freeze_layers
 from tasks.lm.model.kinds import unwrapped
-from tasks.lm.padding import pad_forest
-from tasks.lm.precision import autocast
-from tasks.lm.roads import take_road
-from tasks.lm.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
+from tasks.lm.model.loading import fit_embeddings, load_causal, load_tokenizer
+from tasks.lm.numerics.precision import autocast
+from tasks.lm.numerics.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
 from tasks.run.finite import FiniteTraining, check_weights
 from tasks.run.held_out import HeldOut
 from tasks.run.parts import InParts, Parts, part_tokens, parts_or
@@ -67,8 +67,8 @@ class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced, Sa
         keys: Trainer's, and `tokenizer`; what each does stands in docs/trainers.md.
 
     Raises:
-        ValueError: a model that no road serves (:func:`tasks.lm.roads.take_road`); a weight that is not
-            finite; a row that cannot teach, by its number; several GPUs in one process; a setting that
+        ValueError: a model that no road serves (:func:`tasks.lm.logprobs.roads.take_road`); a weight that is
+            not finite; a row that cannot teach, by its number; several GPUs in one process; a setting that
             nothing follows. In training, a loss or gradient that is not finite, or no step at all.
         TypeError: an argument that is none.
     """

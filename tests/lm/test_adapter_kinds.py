@@ -19,11 +19,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tasks.lm import AutoModelForCausalLMWithValueHead as Valued
-from tasks.lm.adapter_kinds import ADAPTIVE, OPTIONS, REFUSED, REPEATABLE, check_kind, rewrites
-from tasks.lm.adapters import add_adapter, merge_checked, stack_adapter
-from tasks.lm.forest import Segment, plant, run_forest, serve_forest
-from tasks.lm.scoring import check_scorer
-from tasks.lm.switching import at_work, reference_adapters
+from tasks.lm.adapters.active import at_work, reference_adapters
+from tasks.lm.adapters.kinds import ADAPTIVE, OPTIONS, REFUSED, REPEATABLE, check_kind, rewrites
+from tasks.lm.adapters.lora import add_adapter, merge_checked, stack_adapter
+from tasks.lm.attention.forest import Segment, plant, run_forest, serve_forest
+from tasks.lm.heads.scores import check_scorer
 
 KINDS = {getattr(k, "value", k): v for k, v in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 OF_KIND = {  # what a type wants beside its target modules
@@ -234,7 +234,7 @@ def test_a_copy_that_says_something_else_is_taken_off_again(monkeypatch):
     """Whatever a type keeps outside its parameters, the reference is tried before it is believed."""
     model = moved(get_peft_model(tiny.causal(), lora()))
     before = logits(model)
-    monkeypatch.setattr("tasks.lm.switching._tensors_of", lambda *_: {})
+    monkeypatch.setattr("tasks.lm.adapters.active._tensors_of", lambda *_: {})
     with pytest.raises(ValueError, match=r"a copy of the adapter default differs .* ref_model=create_ref"):
         reference_adapters(model)
     assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)

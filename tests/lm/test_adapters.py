@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.adapters import add_adapter, has_adapter, merge_checked
+from tasks.lm.adapters.lora import add_adapter, has_adapter, merge_checked
 
 DOCUMENTS = tiny.drawn([3, 7, 5], seed=1)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.lm.bins import best_fit_decreasing, bundle
+from tasks.lm.attention.bin_packing import best_fit_decreasing, bundle
 
 CASES = st.integers(1, 60).flatmap(lambda c: st.tuples(st.lists(st.integers(1, c), max_size=80), st.just(c)))
 

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from tasks.lm import blocks
-from tasks.lm.forest import Segment, enable_forest, plant, run_forest
+from tasks.lm.attention import blocks
+from tasks.lm.attention.forest import Segment, enable_forest, plant, run_forest
 
 CLOSE = 1e-5
 

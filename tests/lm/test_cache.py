@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tasks.lm import cache
-from tasks.lm.cache import RowCache, cut
+from tasks.lm.attention import kv_cache
+from tasks.lm.attention.kv_cache import RowCache, cut
 
 PROMPTS = [5, 5, 3, 3, 1]  # tokens; rows 0 and 1 share a prompt, 2 and 3 do not
 
@@ -53,7 +53,7 @@ def step(made, rows, at, window=None):
 @pytest.mark.parametrize("worth", [1, 2**30], ids=["many groups", "one group"])
 @pytest.mark.parametrize("window", [None, 2, 4, 8])
 def test_every_row_sees_itself(worth, window, monkeypatch):
-    monkeypatch.setitem(cache.WORTH_A_CALL, "cpu", worth)
+    monkeypatch.setitem(kv_cache.WORTH_A_CALL, "cpu", worth)
     made, rows = filled()
     assert len(made.groups) == (3 if worth == 1 else 1)
     assert made.get_seq_length() == 5
@@ -68,7 +68,7 @@ def test_every_row_sees_itself(worth, window, monkeypatch):
 
 
 def test_junk_in_columns_that_are_not_seen_changes_nothing(monkeypatch):
-    monkeypatch.setitem(cache.WORTH_A_CALL, "cpu", 2**30)
+    monkeypatch.setitem(kv_cache.WORTH_A_CALL, "cpu", 2**30)
     made, rows = filled()
     for buffers in made.buffers.values():
         for buffer in buffers:
@@ -92,5 +92,5 @@ def test_cuts_by_hand():
 
 
 def test_no_cut_is_made_where_calls_are_dear(monkeypatch):
-    monkeypatch.setattr(cache, "WORTH_A_CALL", {})
+    monkeypatch.setattr(kv_cache, "WORTH_A_CALL", {})
     assert len(filled()[0].groups) == 1

@@ -6,11 +6,11 @@ import pytest
 import tiny
 import torch
 
-from tasks.lm.checkpointing import recompute_blocks
-from tasks.lm.forest import serve_forest
-from tasks.lm.freezing import blocks_of
-from tasks.lm.padding import lay_out
-from tasks.lm.sequences import read_responses
+from tasks.lm.attention.forest import serve_forest
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.logprobs.responses import read_responses
+from tasks.lm.model.freezing import blocks_of
+from tasks.lm.model.recompute import recompute_blocks
 
 KINDS = ["llama", "gpt2", "opt", "gpt_neox", "bart", "t5"]
 

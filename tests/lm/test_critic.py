@@ -9,12 +9,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tasks.lm import AutoModelForCausalLMWithValueHead, create_reference_model
-from tasks.lm.critic import ValueBranch
-from tasks.lm.forest import serve_forest
-from tasks.lm.freezing import blocks_of
-from tasks.lm.padding import lay_out
-from tasks.lm.saved_policy import VALUE_HEAD
-from tasks.lm.sequences import read_responses
+from tasks.lm.attention.forest import serve_forest
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.heads.policy_files import VALUE_HEAD
+from tasks.lm.heads.value_branch import ValueBranch
+from tasks.lm.logprobs.responses import read_responses
+from tasks.lm.model.freezing import blocks_of
 
 KINDS = ["llama", "gpt2", "opt", "gpt_neox", "qwen2", "gemma"]
 NARROW = {"word_embed_proj_dim": 8, "do_layer_norm_before": False}  # OPT-350m

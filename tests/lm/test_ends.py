@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.ends import closed, ends_of, fit_special_tokens, ids_of
-from tasks.lm.generation import draw_uniforms, generate
-from tasks.lm.loading import fit_embeddings, load_causal, load_tokenizer, save_model
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.model.ends import closed, ends_of, fit_special_tokens, ids_of
+from tasks.lm.model.loading import fit_embeddings, load_causal, load_tokenizer, save_model
+from tasks.lm.sampling.generation import draw_uniforms, generate
 from tasks.ppo import PPOConfig, PPOTrainer
 from tasks.reward import RewardConfig, RewardTrainer
 from tasks.sft import SFTConfig, SFTTrainer
@@ -94,7 +94,7 @@ def by_object(folder, out):
 
 def by_stages(folder, out):
     """pack saves the tokenizer, sft reads it, ppo what sft saved."""
-    from tasks.lm.ends import save_tokenizer
+    from tasks.lm.model.ends import save_tokenizer
 
     save_tokenizer(load_tokenizer(folder), out / "tokenizer")
     model, tokenizer = load_causal(folder), load_tokenizer(out / "tokenizer")

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
-from tasks.lm import flex
-from tasks.lm.forest import Segment, enable_forest, plant, run_forest
+from tasks.lm.attention import flex
+from tasks.lm.attention.forest import Segment, enable_forest, plant, run_forest
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -8,7 +8,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
-from tasks.lm.forest import Segment, enable_forest, forest_attention, plant, run_forest, serve_forest
+from tasks.lm.attention.forest import (
+    Segment,
+    enable_forest,
+    forest_attention,
+    plant,
+    run_forest,
+    serve_forest,
+)
 
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "opt", "gemma2")
 WAYS = ("plain", "adapter", "checkpointed", "reentrant", "adapter reentrant")

@@ -7,9 +7,9 @@ import tiny
 import torch
 from torch.nn import functional
 
-from tasks.lm import blocks
-from tasks.lm.forest import enable_forest, serve_forest
-from tasks.lm.pairs import plant_pairs, run_pairs
+from tasks.lm.attention import blocks
+from tasks.lm.attention.forest import enable_forest, serve_forest
+from tasks.lm.attention.seq2seq_forest import plant_pairs, run_pairs
 
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 KINDS = {"t5": {}, "mt5": {}, "gated": GATED}

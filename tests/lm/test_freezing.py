@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from tasks.lm.adapters import add_adapter
-from tasks.lm.freezing import blocks_of, freeze_layers
+from tasks.lm.adapters.lora import add_adapter
+from tasks.lm.model.freezing import blocks_of, freeze_layers
 
 KINDS = ("llama", "gpt2", "qwen2", "opt", "gpt_neox", "mistral", "gemma", "bloom", "gptj")
 

@@ -8,10 +8,10 @@ import pytest
 import tiny
 import torch
 
-from tasks.lm.frozen_style import COUNTED, HEAD, WRITTEN, Head, features_of
-from tasks.lm.loading import load_encoder, save_model
-from tasks.lm.prompt import encode_prompts, prompt_text
-from tasks.lm.reward_model import RewardModel, frozen_style
+from tasks.lm.heads.frozen_style import COUNTED, HEAD, WRITTEN, Head, features_of
+from tasks.lm.heads.reward_model import RewardModel, frozen_style
+from tasks.lm.model.loading import load_encoder, save_model
+from tasks.lm.model.template import encode_prompts, prompt_text
 from tasks.ppo.reward_functions import from_model
 
 QUESTIONS = ["What is 2 + 3?", "Where does [SEP] end?\n\nTwo  spaces", "How?", "How?"]

@@ -7,10 +7,11 @@ import tiny
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from tasks.lm import cache, decoding, prepack
-from tasks.lm.adapters import add_adapter
-from tasks.lm.forest import has_forest, serve_forest
-from tasks.lm.generation import Draw, Responses, draw_uniforms, generate, restrict, row_seeds, sample
+from tasks.lm.adapters.lora import add_adapter
+from tasks.lm.attention import kv_cache
+from tasks.lm.attention.forest import has_forest, serve_forest
+from tasks.lm.sampling import decoders, prepack
+from tasks.lm.sampling.generation import Draw, Responses, draw_uniforms, generate, restrict, row_seeds, sample
 
 SPECIAL = {"eos_id": tiny.EOS, "pad_id": tiny.PAD}
 ENDLESS = {"eos_id": None, "pad_id": tiny.PAD}
@@ -67,7 +68,7 @@ def watched(model, what):
 def as_when_large(monkeypatch):
     """Everything that pays only in large batches of large models, in tiny ones."""
     monkeypatch.setattr(prepack, "LEAST_WEIGHTS", 0)
-    monkeypatch.setitem(cache.WORTH_A_CALL, "cpu", 1)
+    monkeypatch.setitem(kv_cache.WORTH_A_CALL, "cpu", 1)
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_every_token_is_drawn_from_the_logits_of_a_forward(
     of each whole row alone. Padded rows serve every model.
     """
     if not is_served:
-        monkeypatch.setattr(decoding, "has_forest", lambda model: False)
+        monkeypatch.setattr(decoders, "has_forest", lambda model: False)
     model, prompts = tiny.causal(kind, seed=3, **keys), ragged()
     prompts = prompts + prompts[2:4] + prompts[2:3]
     limits = [1, 12, 3, 12, 9, 2, 2, 12, 12, 4]
@@ -178,7 +179,7 @@ def test_prompts_are_read_some_thousand_tokens_at_a_time(monkeypatch):
     model, prompts = tiny.causal("gpt2"), ragged()
     wanted = generate(model, prompts, max_tokens=4, **ENDLESS).lists()
     read = watched(model, lambda tokens: tokens.shape[1])
-    monkeypatch.setattr("tasks.lm.decoding.PREFILL_TOKENS", 8)
+    monkeypatch.setattr("tasks.lm.sampling.decoders.PREFILL_TOKENS", 8)
     assert generate(model, prompts, max_tokens=4, **ENDLESS).lists() == wanted
     assert read == [9, 9, 7, 5 + 3, 2 + 1, 1, 1, 1]
 
@@ -411,8 +412,8 @@ def test_on_a_cpu_the_cache_of_a_bfloat16_rollout_is_float32():
     """Attention to bfloat16 keys of one query is twice as slow there."""
     model = tiny.causal()
     serve_forest(model)
-    assert decoding.decoder_of(model, [[5]], 2, torch.bfloat16).cache.dtype == torch.float32
-    assert decoding.decoder_of(model, [[5]], 2, None).cache.dtype is None
+    assert decoders.decoder_of(model, [[5]], 2, torch.bfloat16).cache.dtype == torch.float32
+    assert decoders.decoder_of(model, [[5]], 2, None).cache.dtype is None
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
@@ -481,8 +482,8 @@ def test_what_is_no_language_model_is_refused():
 def test_what_reads_no_padding_is_decoded_otherwise(kind, way):
     """Rows of one length side by side, or whole rows anew: the plain greedy ones, whatever ends first."""
     model, prompts = tiny.causal(kind, seed=3), ragged()
-    with decoding.prepared(model):
-        assert decoding.way_of(model) == way
+    with decoders.prepared(model):
+        assert decoders.way_of(model) == way
     found = generate(model, [*prompts, prompts[2]], max_tokens=[4, 1, 5, 6, 2, 3, 6, 3], **ENDLESS).lists()
     for prompt, response in zip([*prompts, prompts[2]], found, strict=True):
         row = list(prompt)

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from tasks.lm import heads
-from tasks.lm.heads import check_causal, predict
+from tasks.lm.logprobs import lm_head
+from tasks.lm.logprobs.lm_head import check_causal, predict
 
 PLAIN = ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "gptj"]
 TOKENS = torch.tensor(tiny.drawn((9, 9)))
@@ -167,4 +167,4 @@ def test_the_hook_is_taken_away_after_an_error():
 
     with pytest.raises(RuntimeError):
         predict(model, fails, PLACES)
-    assert not model.lm_head._forward_pre_hooks and model.lm_head not in heads._is_plain
+    assert not model.lm_head._forward_pre_hooks and model.lm_head not in lm_head._is_plain

@@ -9,8 +9,8 @@ from adapted import lora, saved_base
 from transformers import DataCollatorForLanguageModeling
 
 from tasks.lm import AutoModelForCausalLMWithValueHead as Valued
-from tasks.lm.loading import load_causal, load_reward
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.model.loading import load_causal, load_reward
 from tasks.reward import RewardConfig, RewardTrainer
 from tasks.run.parts import Parts
 from tasks.sft import SFTConfig, SFTTrainer

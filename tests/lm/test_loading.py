@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tasks.lm.loading import (
+from tasks.lm.model.loading import (
     create_causal,
     create_reward,
     fit_embeddings,

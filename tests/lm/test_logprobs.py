@@ -9,8 +9,8 @@ import tiny
 import torch
 from torch.nn import functional
 
-from tasks.lm import logprobs
-from tasks.lm.logprobs import kl_nats, read_tokens, summed_nll
+from tasks.lm.logprobs import chunked as logprobs
+from tasks.lm.logprobs.chunked import kl_nats, read_tokens, summed_nll
 
 STATES, WIDTH, VOCABULARY = 40, 16, 50
 WHOLE = STATES * VOCABULARY

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from tasks.lm.masked import masked_mean, masked_var, whiten
+from tasks.lm.numerics.masked import masked_mean, masked_var, whiten
 
 T, F = True, False
 VALUES = torch.tensor([[1.0, 2.0, 99.0], [6.0, -50.0, 7.0]])

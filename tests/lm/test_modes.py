@@ -9,11 +9,11 @@ from adapted import lora, saved_base, saved_scorer
 from transformers import pipeline
 
 from tasks.lm import AutoModelForCausalLMWithValueHead as Valued
-from tasks.lm.generation import draw_uniforms, generate
-from tasks.lm.modes import evaluating
-from tasks.lm.padding import lay_out
-from tasks.lm.scoring import score_documents
-from tasks.lm.sequences import read_responses, read_trunk, response_kl, response_logprobs
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.heads.scores import score_documents
+from tasks.lm.logprobs.responses import read_responses, read_trunk, response_kl, response_logprobs
+from tasks.lm.model.modes import evaluating
+from tasks.lm.sampling.generation import draw_uniforms, generate
 from tasks.ppo.reward_functions import from_model, from_pipeline
 
 DROPOUT = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}

@@ -6,11 +6,11 @@ import pytest
 import tiny
 import torch
 
-from tasks.lm.adapters import add_adapter
-from tasks.lm.forest import serve_forest
-from tasks.lm.narrow import last_mlp_at
-from tasks.lm.padding import lay_out
-from tasks.lm.sequences import read_responses
+from tasks.lm.adapters.lora import add_adapter
+from tasks.lm.attention.forest import serve_forest
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.logprobs.last_mlp import last_mlp_at
+from tasks.lm.logprobs.responses import read_responses
 
 KINDS = ["llama", "qwen2", "gemma", "gpt2", "gpt_neox", "phi3", "opt", "bloom", "gptj", "gemma2"]
 
@@ -19,7 +19,7 @@ def gradients(model, narrow, monkeypatch):
     """Of all that is read of a padded or packed batch in which two rows share a prompt."""
     with monkeypatch.context() as patch:
         if not narrow:
-            patch.setattr("tasks.lm.narrow.WORTH", 0.0)
+            patch.setattr("tasks.lm.logprobs.last_mlp.WORTH", 0.0)
         prompts = tiny.drawn([5, 2, 5])
         prompts[2] = prompts[0]
         sequences = lay_out(prompts, tiny.drawn([3, 1, 2], 1), tiny.PAD, "cpu")

@@ -12,8 +12,8 @@ from torch.optim import SGD, Adam, AdamW, Muon
 from torch.optim.lr_scheduler import LambdaLR
 
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm import optimizer as optimizers
-from tasks.lm.optimizer import BETAS, MuonAdamW, make_optimizer, newton_schulz
+from tasks.lm.numerics import optimizer as optimizers
+from tasks.lm.numerics.optimizer import BETAS, MuonAdamW, make_optimizer, newton_schulz
 
 
 def names(model, parameters) -> set[str]:
@@ -78,7 +78,7 @@ def test_products_in_float32_are_as_near_as_those_in_bfloat16(monkeypatch, shape
 
 
 def test_a_step_is_torchs_own(monkeypatch):
-    monkeypatch.setattr("tasks.lm.optimizer.multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr("tasks.lm.numerics.optimizer.multiplies_bfloat16", lambda device: True)
     ours, theirs = tiny.causal(), tiny.causal()
     optimizer = make_optimizer(ours, "muon", 3e-3, 0.1)
     inner = taken(ours, optimizer.parts["muon"])

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tasks.lm import prepack
-from tasks.lm.prepack import can_pack, prepacked
+from tasks.lm.sampling import prepack
+from tasks.lm.sampling.prepack import can_pack, prepacked
 
 
 class Other(nn.Linear):

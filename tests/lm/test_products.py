@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from tasks.lm import products
-from tasks.lm.products import ONEDNN, default_products, use_onednn_products
+from tasks.lm.numerics import matmul
+from tasks.lm.numerics.matmul import ONEDNN, default_products, use_onednn_products
 
 SWITCH = torch.backends.mkldnn.matmul
 
@@ -24,10 +24,10 @@ def faster(monkeypatch):
     """oneDNN seems to need so much of the default's second, in each of the three products."""
 
     def pretend(*parts):
-        busy = [3.0] + [1.0] * (products.TRIALS - 1)
+        busy = [3.0] + [1.0] * (matmul.TRIALS - 1)
         times = iter([t for part in parts for slow in busy for t in (1.0, slow * part)])
-        monkeypatch.setattr(products, "_seconds", lambda product, precision: next(times))
-        monkeypatch.setattr(products, "is_amd", lambda: False)
+        monkeypatch.setattr(matmul, "_seconds", lambda product, precision: next(times))
+        monkeypatch.setattr(matmul, "is_amd", lambda: False)
 
     return pretend
 
@@ -49,19 +49,19 @@ def test_where_they_gain_too_little_nothing_changes(faster, parts):
 
 
 def test_on_amd_it_need_not_show_a_gain(monkeypatch, faster):
-    if not products._is_exact():
+    if not matmul._is_exact():
         pytest.skip("on this CPU oneDNN rounds float32 products")
     faster(1.1, 1.1, 1.1)
-    monkeypatch.setattr(products, "is_amd", lambda: True)
+    monkeypatch.setattr(matmul, "is_amd", lambda: True)
     assert use_onednn_products() and SWITCH.fp32_precision == ONEDNN
 
 
 def test_whose_processor_it_is(tmp_path):
     facts = tmp_path / "cpuinfo"
-    assert not products.is_amd(facts)
+    assert not matmul.is_amd(facts)
     for vendor, wanted in (("GenuineIntel", False), ("AuthenticAMD", True)):
         facts.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
-        assert products.is_amd(facts) is wanted
+        assert matmul.is_amd(facts) is wanted
 
 
 @pytest.mark.parametrize("broken", range(3))
@@ -74,15 +74,15 @@ def test_where_one_product_is_rounded_nothing_changes(monkeypatch, faster, broke
             found[broken] = lambda: low[broken]().float()
         return found
 
-    linear, before = products._linear, state()
-    monkeypatch.setattr(products, "_linear", rounded)
+    linear, before = matmul._linear, state()
+    monkeypatch.setattr(matmul, "_linear", rounded)
     faster(0.1, 0.1, 0.1)
     assert not use_onednn_products() and state() == before
 
 
 def test_not_a_number_is_not_exact(monkeypatch, faster):
-    linear = products._linear
-    monkeypatch.setattr(products, "_linear", lambda *f: [lambda p=p: p() * float("nan") for p in linear(*f)])
+    linear = matmul._linear
+    monkeypatch.setattr(matmul, "_linear", lambda *f: [lambda p=p: p() * float("nan") for p in linear(*f)])
     faster(0.1, 0.1, 0.1)
     assert not use_onednn_products()
 
@@ -106,7 +106,7 @@ def test_inside_the_default_is_back_and_afterwards_it_is_on_again(faster):
 @pytest.mark.parametrize("precision", ["none", ONEDNN])
 def test_what_is_timed_runs_under_its_precision(precision):
     seen = []
-    assert products._seconds(lambda: seen.append(SWITCH.fp32_precision), precision) > 0
+    assert matmul._seconds(lambda: seen.append(SWITCH.fp32_precision), precision) > 0
     assert seen == [precision]
 
 
@@ -121,7 +121,7 @@ def test_the_self_test_itself():
 
 def test_a_models_gradients_are_the_same(faster):
     """Loss and gradients, wherever oneDNN passes for exact."""
-    if not products._is_exact():
+    if not matmul._is_exact():
         pytest.skip("on this CPU oneDNN rounds float32 products")
     found = []
     for parts in ((1.0, 1.0, 1.0), (0.1, 0.1, 0.1)):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tasks.lm.loading import load_tokenizer
-from tasks.lm.prompt import document_text, encode_documents, encode_prompts, prompt_text, response_of
+from tasks.lm.model.loading import load_tokenizer
+from tasks.lm.model.template import document_text, encode_documents, encode_prompts, prompt_text, response_of
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=40)
 HARD = (

@@ -16,10 +16,10 @@ from adapted import copied, lora, moved, rounded, same_state, saved_base, saved_
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tasks.lm import AutoModelForCausalLMWithValueHead as Valued
-from tasks.lm import loading, quantized
-from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
-from tasks.lm.optimizer import check_optimizer, make_optimizer
-from tasks.lm.quantized import is_quantized, quantized_keys, read_quantized
+from tasks.lm.adapters.lora import add_adapter, merge_checked, merge_onto
+from tasks.lm.model import loading, quantized
+from tasks.lm.model.quantized import is_quantized, quantized_keys, read_quantized
+from tasks.lm.numerics.optimizer import check_optimizer, make_optimizer
 
 DOCUMENTS = tiny.drawn([3, 7, 5], seed=1)
 

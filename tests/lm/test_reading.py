@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, pipeline
 
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.prompt import document_text, encode_documents, encode_prompts, prompt_text
-from tasks.lm.reading import encode, marker_in, render
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.model.reading import encode, marker_in, render
+from tasks.lm.model.template import document_text, encode_documents, encode_prompts, prompt_text
 from tasks.ppo import PPOConfig, PPOTrainer
 from tasks.ppo.loop import _tokens
 from tasks.ppo.reward_functions import from_model, from_pipeline

@@ -14,13 +14,13 @@ from transformers import AutoModelForSequenceClassification
 
 from tasks.lm import AutoModelForCausalLMWithValueHead as Valued
 from tasks.lm import AutoModelForSeq2SeqLMWithValueHead
-from tasks.lm.adapter_files import put_on
-from tasks.lm.adapters import merge_checked
-from tasks.lm.forest import serve_forest
-from tasks.lm.loading import load_reward
-from tasks.lm.reward_adapter import load_reward_adapter
-from tasks.lm.scoring import score_documents
-from tasks.lm.switching import at_work, reference_adapters
+from tasks.lm.adapters.active import at_work, reference_adapters
+from tasks.lm.adapters.files import put_on
+from tasks.lm.adapters.lora import merge_checked
+from tasks.lm.attention.forest import serve_forest
+from tasks.lm.heads.reward_adapter import load_reward_adapter
+from tasks.lm.heads.scores import score_documents
+from tasks.lm.model.loading import load_reward
 
 DOCUMENTS = tiny.drawn([3, 7, 5], seed=1)
 

@@ -9,9 +9,9 @@ import tiny
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from tasks.lm.loading import train_tokenizer
-from tasks.lm.prompt import document_text, encode_documents, encode_prompts
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.model.loading import train_tokenizer
+from tasks.lm.model.template import document_text, encode_documents, encode_prompts
 
 QUESTIONS = ["What is 2 + 3?", "Where does `</s>` or <|eos|> end?\n\nTwo  spaces", "Ä ﬁ 日本 🙂?"]
 ANSWERS = ["It is `5` , is n't it ?", " At <|eos|>, [SEP] or </s>.", ""]

@@ -9,14 +9,15 @@ import pytest
 import tiny
 import torch
 
-from tasks.lm import AutoModelForCausalLMWithValueHead, roads
-from tasks.lm.forest import has_forest
-from tasks.lm.generation import generate
+from tasks.lm import AutoModelForCausalLMWithValueHead
+from tasks.lm.attention.forest import has_forest
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.heads.scores import score_documents, take_scoring_road
+from tasks.lm.logprobs import roads
+from tasks.lm.logprobs.responses import response_logprobs
+from tasks.lm.logprobs.roads import check_road, remembered, take_road
 from tasks.lm.model.context import room_of
-from tasks.lm.padding import lay_out
-from tasks.lm.roads import check_road, remembered, take_road
-from tasks.lm.scoring import score_documents, take_scoring_road
-from tasks.lm.sequences import response_logprobs
+from tasks.lm.sampling.generation import generate
 from tasks.ppo import PPOConfig, PPOTrainer
 from tasks.reward import RewardConfig, RewardTrainer
 from tasks.sft import SFTConfig, SFTTrainer

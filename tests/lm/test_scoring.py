@@ -7,10 +7,11 @@ import tiny
 import torch
 from transformers import AutoModelForTokenClassification
 
-from tasks.lm import blocks, scoring
-from tasks.lm.forest import Segment, enable_forest, plant, run_forest, serve_forest
+from tasks.lm.attention import blocks
+from tasks.lm.attention.forest import Segment, enable_forest, plant, run_forest, serve_forest
+from tasks.lm.heads import scores
+from tasks.lm.heads.scores import STACKS, forest_scores, score_documents
 from tasks.lm.model.kinds import is_encoder
-from tasks.lm.scoring import STACKS, forest_scores, score_documents
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "opt", "gemma2")
 PADDED_DECODERS = ("gptj", "bloom")
@@ -60,7 +61,7 @@ def test_a_prompt_that_neighbours_share_is_read_once(monkeypatch, kind, rows):
     documents = [first + a for a in answers[:3]]
     documents += [second + answers[3], first, first + answers[4], answers[5]]
     prompts = [20, 20, 20, 4, 20, 20, 0]
-    monkeypatch.setattr(scoring, "plant", lambda *a, **k: laid.append(plant(*a, **k)) or laid[-1])
+    monkeypatch.setattr(scores, "plant", lambda *a, **k: laid.append(plant(*a, **k)) or laid[-1])
     found = score_documents(model, documents, rows, prompts)
     assert tiny.far(found, plain_scores(model, documents)) <= 1e-5
     tokens = sum(len(forest.tokens) for forest in laid[-4 if rows == 2 else -1 :])

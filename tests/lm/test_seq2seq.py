@@ -21,14 +21,14 @@ from transformers import (
 )
 
 from tasks.lm import create_reference_model
-from tasks.lm.adapters import add_adapter, merge_checked
-from tasks.lm.checkpointing import recompute_blocks
-from tasks.lm.forest import serve_forest
-from tasks.lm.freezing import blocks_of, freeze_layers
+from tasks.lm.adapters.lora import add_adapter, merge_checked
+from tasks.lm.attention.forest import serve_forest
+from tasks.lm.logprobs.responses import read_responses, response_kl, response_logprobs
+from tasks.lm.logprobs.seq2seq import check_seq2seq, distinct_of, encode, logits_alone, split
 from tasks.lm.model.context import Room, speaking_room
+from tasks.lm.model.freezing import blocks_of, freeze_layers
 from tasks.lm.model.kinds import start_of
-from tasks.lm.seq2seq import check_seq2seq, distinct_of, encode, logits_alone, split
-from tasks.lm.sequences import read_responses, response_kl, response_logprobs
+from tasks.lm.model.recompute import recompute_blocks
 
 WAYS = [(name, False) for name in KINDS] + [(name, True) for name in PACKED]
 FEW = [("t5", True), ("t5 v1.1", True), ("t5", False), ("bart", False)]

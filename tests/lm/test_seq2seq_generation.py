@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from seq2seq_models import KINDS, logits_of_row, model_of
 
-from tasks.lm import target_decoding
-from tasks.lm.generation import draw_uniforms, generate, row_seeds
-from tasks.lm.target_decoding import TargetDecoder
+from tasks.lm.sampling import seq2seq_decoder
+from tasks.lm.sampling.generation import draw_uniforms, generate, row_seeds
+from tasks.lm.sampling.seq2seq_decoder import TargetDecoder
 
 SPECIAL = {"eos_id": tiny.EOS, "pad_id": tiny.PAD}
 ENDLESS = {"eos_id": None, "pad_id": tiny.PAD}
@@ -79,7 +79,7 @@ def test_sources_are_read_once_and_in_parts(name, monkeypatch):
     assert generate(model, SOURCES, **asked).lists() == wanted
     is_packed = name != "bart"
     assert seen == ([(1, 20)] if is_packed else [(4, 9)])  # 9 + 5 + 5 + 1
-    monkeypatch.setattr(target_decoding, "PREFILL_TOKENS", 10)
+    monkeypatch.setattr(seq2seq_decoder, "PREFILL_TOKENS", 10)
     seen.clear()
     assert generate(model, SOURCES, **asked).lists() == wanted
     assert seen == ([(1, 9), (1, 10), (1, 1)] if is_packed else [(1, 9), (2, 5), (1, 1)])

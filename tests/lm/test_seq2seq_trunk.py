@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from seq2seq_models import close, laid_out, model_of, valued
 
 from tasks.lm import create_reference_model
-from tasks.lm.forest import serve_forest
-from tasks.lm.freezing import blocks_of, freeze_layers
-from tasks.lm.sequences import read_responses, read_trunk, response_kl, response_logprobs
-from tasks.lm.trunk import Hydra, frozen_depth, joined
+from tasks.lm.attention.forest import serve_forest
+from tasks.lm.logprobs.frozen_layers import Hydra, frozen_depth, joined
+from tasks.lm.logprobs.responses import read_responses, read_trunk, response_kl, response_logprobs
+from tasks.lm.model.freezing import blocks_of, freeze_layers
 
 WAYS = [("t5", True), ("t5 v1.1", True), ("mt5", True), ("t5", False), ("bart", False), ("m2m_100", False)]
 FEW = [("t5", True), ("bart", False)]

@@ -15,9 +15,9 @@ from seq2seq_models import alone, close, laid_out, model_of, rows, valued
 from transformers import AutoModelForSeq2SeqLM
 
 from tasks.lm import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
-from tasks.lm.forest import serve_forest
-from tasks.lm.saved_policy import VALUE_HEAD
-from tasks.lm.sequences import read_responses
+from tasks.lm.attention.forest import serve_forest
+from tasks.lm.heads.policy_files import VALUE_HEAD
+from tasks.lm.logprobs.responses import read_responses
 
 Valued = AutoModelForSeq2SeqLMWithValueHead
 FEW = ["t5", "t5 v1.1", "bart"]

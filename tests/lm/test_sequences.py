@@ -7,9 +7,8 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tasks.lm import logprobs
-from tasks.lm.forest import Segment, has_forest, plant, serve_forest
-from tasks.lm.padding import (
+from tasks.lm.attention.forest import Segment, has_forest, plant, serve_forest
+from tasks.lm.attention.padding import (
     Sequences,
     flush_left,
     lay_out,
@@ -18,9 +17,10 @@ from tasks.lm.padding import (
     plant_sequences,
     positions_of,
 )
-from tasks.lm.roads import check_road, take_road
-from tasks.lm.sequences import _at, read_responses, response_kl, response_logprobs
-from tasks.lm.value_head import AutoModelForCausalLMWithValueHead
+from tasks.lm.heads.value_head import AutoModelForCausalLMWithValueHead
+from tasks.lm.logprobs import chunked as logprobs
+from tasks.lm.logprobs.responses import _at, read_responses, response_kl, response_logprobs
+from tasks.lm.logprobs.roads import check_road, take_road
 
 T, F = True, False
 

@@ -9,7 +9,7 @@ from adapted import copied, lora, moved, same_state, saved_base, saved_policy
 from peft import get_peft_model
 
 from tasks.lm import AutoModelForCausalLMWithValueHead as Valued
-from tasks.lm.switching import at_work, learnt, load_learnt, reference_adapters
+from tasks.lm.adapters.active import at_work, learnt, load_learnt, reference_adapters
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 

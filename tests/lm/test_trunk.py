@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tasks.lm import AutoModelForCausalLMWithValueHead, create_reference_model
-from tasks.lm.forest import serve_forest
-from tasks.lm.freezing import blocks_of, freeze_layers
-from tasks.lm.padding import lay_out
-from tasks.lm.sequences import read_responses, read_trunk, response_kl, response_logprobs
-from tasks.lm.trunk import Hydra, TrunkStates, frozen_depth, joined, shares_trunk
+from tasks.lm.attention.forest import serve_forest
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.logprobs.frozen_layers import Hydra, TrunkStates, frozen_depth, joined, shares_trunk
+from tasks.lm.logprobs.responses import read_responses, read_trunk, response_kl, response_logprobs
+from tasks.lm.model.freezing import blocks_of, freeze_layers
 
 KINDS = ("llama", "mistral", "qwen3", "gemma", "gpt2", "opt", "gpt_neox", "gptj", "bloom")
 PROMPTS = [[5, 6, 7], [9], [5, 6, 7], [4, 3, 8, 2, 6]]

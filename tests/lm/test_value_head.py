@@ -16,8 +16,9 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig
 
-from tasks.lm import AutoModelForCausalLMWithValueHead, saved_policy
-from tasks.lm.saved_policy import PICKLE, VALUE_HEAD
+from tasks.lm import AutoModelForCausalLMWithValueHead
+from tasks.lm.heads import policy_files
+from tasks.lm.heads.policy_files import PICKLE, VALUE_HEAD
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 2]])
 KINDS = ["llama", "gpt2", "opt", "gpt_neox", "gemma", "gemma2", "bloom", "qwen2", "mistral", "phi3", "cohere"]
@@ -326,10 +327,10 @@ def trl_layout(model, folder, sharded: bool) -> None:
 @pytest.mark.parametrize("sharded", [False, True])
 def test_trls_layout_loads(tmp_path, sharded, monkeypatch):
     """Of the shards, only those that hold something of the head are read for it."""
-    model, opened, door = policy(), [], saved_policy.safe_open
+    model, opened, door = policy(), [], policy_files.safe_open
     trl_layout(model, tmp_path, sharded)
     monkeypatch.setattr(
-        saved_policy, "safe_open", lambda path, kind: (opened.append(path), door(path, kind))[1]
+        policy_files, "safe_open", lambda path, kind: (opened.append(path), door(path, kind))[1]
     )
     assert same(Valued.from_pretrained(tmp_path), model)
     assert len(opened) == 1 + sharded < 3

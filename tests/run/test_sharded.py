@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from trainings import run_in_two, shard_on_cpus
 
-from tasks.lm.adapters import lora
-from tasks.lm.loading import load_causal
+from tasks.lm.adapters.lora import lora
+from tasks.lm.model.loading import load_causal
 from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer
 from tasks.sft import PackedRow, SFTConfig, SFTTrainer
 
