@@ -82,8 +82,10 @@ def test_a_stage_depends_on_the_code_that_it_runs(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_dependency_is_there(stage):
-    assert all((REPOSITORY / path).exists() for path in stated_for(stage))
+def test_a_dependency_is_there_and_no_wider_than_a_room(stage):
+    stated = stated_for(stage)
+    assert all((REPOSITORY / path).exists() for path in stated)
+    assert not {"tasks", "tasks/lm", "tasks/run"} & stated
 
 
 def test_a_dependency_that_is_missing_or_needless_is_seen():
