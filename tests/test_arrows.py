@@ -13,6 +13,7 @@ from import_graph import FILES, at_import, imports, name_of
 from tasks.run.layout import STAGES
 
 MLFLOW_ROOMS = ("tasks.run.tracking", "tasks.register")
+STOREYS = ("run", "lm", "training rl")  # of tasks; above them the stages, which never import one another
 FLOORS = ("model", "attention adapters numerics", "logprobs", "heads sampling")  # of tasks.lm, its rooms
 TRAVELS = "tasks.register.serving"  # runs inside a registered model, where nothing of ours is
 FORBIDDEN_NAMES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -27,6 +28,12 @@ def stage_of(name: str) -> str | None:
     """The stage a module belongs to; None for lm, run and __main__."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 and parts[0] == "tasks" and parts[1] in STAGES else None
+
+
+def storey_of(name: str) -> int:
+    """The storey of tasks on which a module stands."""
+    part = f"{name}.".split(".")[1]
+    return next((i for i, parts in enumerate(STOREYS) if part in parts.split()), len(STOREYS))
 
 
 def floor_of(name: str) -> int:
@@ -64,13 +71,14 @@ def may_import(name: str, target: str) -> bool:
         return False
     if is_in(target, "flows"):
         return is_in(name, "flows")
-    if is_in(target, "tasks.lm"):  # by a room: the face is for others' code
-        knows = (is_in(name, "tasks") and not is_in(name, "tasks.run")) or is_in(name, "flows")
-        return knows and (name == "tasks.lm" or floor_of(target) < len(FLOORS)) and not leads_up(name, target)
+    if is_in(target, "tasks.lm") and name != "tasks.lm":  # whose face is for others' code
+        if floor_of(target) == len(FLOORS) or leads_up(name, target):
+            return False
     if is_in(target, "tasks"):
         if is_in(name, "flows") or name == "tasks.__main__":
             return True
-        return is_in(name, "tasks") and stage_of(target) in (None, stage_of(name))
+        is_own = name.split(".")[1:2] == target.split(".")[1:2]
+        return is_in(name, "tasks") and (is_own or storey_of(target) < storey_of(name))
     if is_in(target, "params"):
         return is_in(name, "params") or stage_of(name) is not None or name == "tasks.__main__"
     return True
@@ -114,6 +122,12 @@ def test_every_room_was_looked_at():
         ("tasks.lm.attention.forest", "from params.schema import Params"),
         ("tasks.run.tracking", "import params"),
         ("tasks.lm.attention.forest", "from tasks.sft import run"),
+        ("tasks.run.tracking", "from tasks.training.rows import read_rows"),
+        ("tasks.lm.numerics.optimizer", "from tasks.training.optimizer import ADAM"),
+        ("tasks.training.rows", "from tasks.sft.records import PackedRow"),
+        ("tasks.training.rows", "from tasks.rl.rollout import Rollout"),
+        ("tasks.training.rows", "from params.schema import Params"),
+        ("tasks.rl.rollout", "from tasks.training.rows import read_rows"),
         ("tasks.lm.model.kinds", "from tasks.lm.attention.forest import plant"),
         ("tasks.lm.attention.forest", "def f():\n    from tasks.lm.adapters import lora"),
         ("tasks.lm.heads.scores", "from tasks.lm.sampling.generation import generate"),
@@ -147,6 +161,8 @@ def test_a_wrong_arrow_is_seen(name, line):
     [
         ("tasks.ppo.trainer", "from tasks.ppo.losses import policy_loss\nfrom tasks.lm.model import hub"),
         ("tasks.sft", "from params.schema import Params\nfrom tasks.run.layout import Layout"),
+        ("tasks.training.optimizer", "from tasks.lm.numerics import optimizer\nfrom tasks.run import ranks"),
+        ("tasks.sft.trainer", "from tasks.training.rows import read_rows"),
         ("tasks.lm", "from tasks.lm.heads.reference import create_reference_model"),
         ("tasks.lm.heads.scores", "from tasks.lm.heads.reference import create_reference_model"),
         ("tasks.lm.sampling.generation", "from tasks.lm.logprobs.roads import take_road"),

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from tasks.lm.numerics.trainer_optimizer import check_optim
-from tasks.run.start import SHOWN_AS_A_WHOLE
-from tasks.run.supported import check_written
-from tasks.run.trl_names import MODEL, Only, takes
+from tasks.training.optimizer import check_optim
+from tasks.training.start import SHOWN_AS_A_WHOLE
+from tasks.training.supported import check_written
+from tasks.training.trl_names import MODEL, Only, takes
 
 TRL = MODEL | {
     "max_prompt_length": Only((None,), "max_length bounds prompt and answer together"),

@@ -27,13 +27,13 @@ from tasks.reward.learners import Learner, learners, refuse_without_pairs
 from tasks.reward.records import GroupedAnswers, share_prompt
 from tasks.reward.style import StyleRule, fit_style
 from tasks.reward.trainer import RewardTrainer
-from tasks.run.arguments import training_arguments
 from tasks.run.curve import Curve, plot
 from tasks.run.devices import derive_seed, seed_everything, use_device
 from tasks.run.files import staged
-from tasks.run.follow import follow
 from tasks.run.layout import Layout, StageResult
 from tasks.run.tracking import log_artifact
+from tasks.training.arguments import training_arguments
+from tasks.training.callback import follow
 
 _log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from tasks.lm.numerics.trainer_optimizer import check_optim
-from tasks.run.start import SHOWN_AS_A_WHOLE
-from tasks.run.supported import check_written
-from tasks.run.trl_names import MODEL, Is, Only, Unused, takes
+from tasks.training.optimizer import check_optim
+from tasks.training.start import SHOWN_AS_A_WHOLE
+from tasks.training.supported import check_written
+from tasks.training.trl_names import MODEL, Is, Only, Unused, takes
 
 
 def _packing(name: str, value: Any, keys: Mapping[str, Any]) -> dict[str, Any]:

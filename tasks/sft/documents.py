@@ -13,10 +13,10 @@ import numpy as np
 from tasks.lm.attention.bin_packing import BUNDLES_PER_ROW, best_fit_decreasing, bundle
 from tasks.lm.model.reading import encode, render, warn_of_marker
 from tasks.lm.model.template import without_eos
-from tasks.run.rows import check_row, once, read_rows
-from tasks.run.turns import check_answer, read_turns
 from tasks.sft.ids import read_ids
 from tasks.sft.records import Document, PackedRow
+from tasks.training.rows import check_row, once, read_rows
+from tasks.training.turns import check_answer, read_turns
 
 FORMS = "{text}, {prompt, completion}, {messages} or {input_ids[, labels | completion_mask | …]}"
 CUT_BY_TRL = 1024  # tokens, its default of max_length

@@ -27,16 +27,17 @@ from tasks.lm.model.freezing import freeze_layers
 from tasks.lm.model.kinds import unwrapped
 from tasks.lm.model.loading import fit_embeddings, load_causal, load_tokenizer
 from tasks.lm.numerics.precision import autocast
-from tasks.lm.numerics.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
-from tasks.run.finite import FiniteTraining, check_weights
-from tasks.run.held_out import HeldOut
-from tasks.run.parts import InParts, Parts, part_tokens, parts_or
-from tasks.run.start import Announced
-from tasks.run.supported import check_hooks, check_model, check_trained, configured, take_tokenizer
-from tasks.run.trainer import SafeCheckpoints
+from tasks.run.finite import check_weights
 from tasks.sft.config import SFTConfig
 from tasks.sft.documents import Reader
 from tasks.sft.records import PackedRow, collate
+from tasks.training.checkpoints import SafeCheckpoints
+from tasks.training.evaluation import HeldOut
+from tasks.training.finite import FiniteTraining
+from tasks.training.microbatches import InParts, Parts, part_tokens, parts_or
+from tasks.training.optimizer import NamedOptimizer, refuse_two_optimizers
+from tasks.training.start import Announced
+from tasks.training.supported import check_hooks, check_model, check_trained, configured, take_tokenizer
 
 Dataset = Iterable[PackedRow | Mapping] | Mapping[str, Any]  # rows, or columns
 PROBES = 8  # documents on which a merge is checked
@@ -59,7 +60,7 @@ class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced, Sa
         model: a causal language model, or its folder or Hub id.
         args: an SFTConfig; None: its defaults.
         train_dataset: :class:`PackedRow`, or rows as :func:`tasks.sft.documents.read_document` takes them, in
-            whatever :func:`tasks.run.rows.rows_of` reads; None: it will not be trained.
+            whatever :func:`tasks.training.rows.rows_of` reads; None: it will not be trained.
         eval_dataset: likewise, or a dict of such.
         processing_class: the tokenizer; the one beside the model where the model is a name.
         peft_config: of an adapter; a dict too. :meth:`merged` ends it.

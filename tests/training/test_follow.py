@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tasks.run import follow
-from tasks.run.follow import Follow
+from tasks.training import callback as follow
+from tasks.training.callback import Follow
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from tasks.run.checkpoint import Checkpoint, latest, load, restore_rng, rng_state, save
 from tasks.run.finite import check_tensors, check_weights
-from tasks.run.sharded import whole_model
+from tasks.training.sharded import whole_model
 
 STATE_NAME, WEIGHTS_NAME = "trainer_state.json", "model.safetensors"  # transformers' names
 _log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class SafeCheckpoints:
         return {"loss": self._total_loss_scalar, "step": self._globalstep_last_logged, "seconds": seconds}
 
     def whole(self) -> torch.nn.Module | None:
-        """The plain model with all of its weights (:func:`tasks.run.sharded.whole_model`)."""
+        """The plain model with all of its weights (:func:`tasks.training.sharded.whole_model`)."""
         return whole_model(self.accelerator, self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

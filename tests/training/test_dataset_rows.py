@@ -7,8 +7,8 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from tasks.run.rows import read_rows, rows_of, token_ids, unpadded
-from tasks.run.turns import check_answer, read_turns
+from tasks.training.rows import read_rows, rows_of, token_ids, unpadded
+from tasks.training.turns import check_answer, read_turns
 
 ROWS = [{"text": "a", "n": [1, 2]}, {"text": "b", "n": [3]}]
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from trainings import FirstGradients, run_in_two, shard_on_cpus
 
 from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer
-from tasks.run.parts import Parts, Share
 from tasks.sft import PackedRow, SFTConfig, SFTTrainer
+from tasks.training.microbatches import Parts, Share
 
 
 def sizes(most: int, rows: list[int]) -> list[list[int]]:

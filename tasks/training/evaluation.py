@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tasks.run.rows import is_several
+from tasks.training.rows import is_several
 
 
 class HeldOut:

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from tasks.run.checkpoint import load
-from tasks.run.trainer import SafeCheckpoints
+from tasks.training.checkpoints import SafeCheckpoints
 
 
 class SafeTrainer(SafeCheckpoints, Trainer):

@@ -13,8 +13,8 @@ from torch.optim import SGD
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tasks.reward import RewardConfig, RewardTrainer
-from tasks.run.supported import HONOURED, HOOKS_HONOURED, HOOKS_REFUSED, REFUSED, WITHOUT_EFFECT
 from tasks.sft import SFTConfig, SFTTrainer
+from tasks.training.supported import HONOURED, HOOKS_HONOURED, HOOKS_REFUSED, REFUSED, WITHOUT_EFFECT
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text(encoding="utf-8")
 FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments)}
@@ -83,7 +83,7 @@ def test_what_is_written_later_is_refused_too(tmp_path):
 
 
 def test_a_field_that_nobody_knows_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("tasks.run.supported.HONOURED", HONOURED - {"max_grad_norm"})
+    monkeypatch.setattr("tasks.training.supported.HONOURED", HONOURED - {"max_grad_norm"})
     with pytest.raises(ValueError, match=r"^max_grad_norm: it is not known here"):
         SFTConfig(str(tmp_path), max_grad_norm=2.0, **QUIET)
     SFTConfig(str(tmp_path), **QUIET)
