@@ -89,6 +89,12 @@ def test_a_dependency_that_is_missing_or_needless_is_seen():
     assert differences(code, {"tasks/sft", "tasks/lm"}) == (set(), set())
 
 
+def test_every_folder_of_code_is_a_package():
+    """Setuptools leaves out, in silence, a folder without __init__.py, and all that stands in it."""
+    folders = {path.parent for path in MODULES.values()}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
 def test_files_are_read_from_this_tree():
     assert Path(MODULES["tasks.run.layout"]) == REPOSITORY / "tasks/run/layout.py"
     assert {"tasks.run", "tasks.run.layout"} <= reached({"tasks.run.locks"})

@@ -26,7 +26,7 @@ HARD = (
 def tokenizer(request):
     if request.param == "trained":
         return tiny.tokenizer()
-    default = Path(__file__).parents[3] / "shared" / "data"
+    default = Path(__file__).parents[4] / "shared" / "data"
     folder = Path(os.environ.get("STACKRL_SHARED_DATA", default)) / "models" / "stories260K"
     if not folder.is_dir():
         pytest.skip(f"no pre-trained model: {folder} does not exist (set STACKRL_SHARED_DATA)")
