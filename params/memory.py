@@ -10,7 +10,7 @@ from params.shapes import Shape
 
 GB = 1e9
 BYTES = {"float32": 4, "bfloat16": 2}
-CHUNK_LOGITS, COPIES = 2**28, 3  # of tasks.lm.logprobs on CUDA: logits, softmax, gradient, in float32
+CHUNK_LOGITS, COPIES = 2**28, 3  # of tasks.lm.logprobs.chunked on CUDA: logits, softmax, gradient, in float32
 
 
 def activations(shape: Shape, tokens: int, dtype: str, recompute: bool = False) -> float:

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tasks.lm.adapters import add_adapter
+from tasks.lm.adapters.lora import add_adapter
 
 
 def lora(**keys) -> LoraConfig:

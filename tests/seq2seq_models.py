@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from tasks.lm import AutoModelForSeq2SeqLMWithValueHead
-from tasks.lm.sequences import lay_out
+from tasks.lm.attention.padding import lay_out
 
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # as for T5 1.1: no scaling either
 UNEVEN = {"num_layers": 3, "num_decoder_layers": 2}

@@ -5,47 +5,19 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
+from import_graph import FILES, at_import, imports, name_of
 
 from tasks.run.layout import STAGES
 
-REPOSITORY = Path(__file__).parents[1]
-MODULES = sorted(path for room in ("flows", "params", "tasks") for path in (REPOSITORY / room).rglob("*.py"))
 MLFLOW_ROOMS = ("tasks.run.tracking", "tasks.register")
+STOREYS = ("run", "lm", "training rl")  # of tasks; above them the stages, which never import one another
+FLOORS = ("model", "attention adapters numerics", "logprobs", "heads sampling")  # of tasks.lm, its rooms
 TRAVELS = "tasks.register.serving"  # runs inside a registered model, where nothing of ours is
 FORBIDDEN_NAMES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "numpy.load", "np.load"}
-
-
-def name_of(path: Path) -> str:
-    parts = path.relative_to(REPOSITORY).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
-    """Dotted names of everything that these nodes import: `from a import b` gives a.b."""
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, "relative imports hide where an arrow leads"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            yield from (part.value for part in node.args[:1] if isinstance(part, ast.Constant))
-
-
-def at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """Like `ast.walk`, but only what importing the module runs: no bodies of functions, nothing for types."""
-    yield node
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-        return
-    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-        return
-    for child in ast.iter_child_nodes(node):
-        yield from at_import(child)
 
 
 def is_in(name: str, room: str) -> bool:
@@ -56,6 +28,24 @@ def stage_of(name: str) -> str | None:
     """The stage a module belongs to; None for lm, run and __main__."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 and parts[0] == "tasks" and parts[1] in STAGES else None
+
+
+def storey_of(name: str) -> int:
+    """The storey of tasks on which a module stands."""
+    part = f"{name}.".split(".")[1]
+    return next((i for i, parts in enumerate(STOREYS) if part in parts.split()), len(STOREYS))
+
+
+def floor_of(name: str) -> int:
+    """The floor of tasks.lm on which a module stands; its face stands above them all."""
+    room = f"{name}.".split(".")[2]
+    return next((i for i, rooms in enumerate(FLOORS) if room in rooms.split()), len(FLOORS))
+
+
+def leads_up(name: str, target: str) -> bool:
+    """Whether a module of tasks.lm imports of a room that is not below its own."""
+    is_same = name.split(".")[2:3] == target.split(".")[2:3]
+    return is_in(name, "tasks.lm") and not is_same and floor_of(target) >= floor_of(name)
 
 
 def broken_arrows(name: str, tree: ast.Module) -> list[str]:
@@ -81,10 +71,14 @@ def may_import(name: str, target: str) -> bool:
         return False
     if is_in(target, "flows"):
         return is_in(name, "flows")
+    if is_in(target, "tasks.lm") and name != "tasks.lm":  # whose face is for others' code
+        if floor_of(target) == len(FLOORS) or leads_up(name, target):
+            return False
     if is_in(target, "tasks"):
         if is_in(name, "flows") or name == "tasks.__main__":
             return True
-        return is_in(name, "tasks") and stage_of(target) in (None, stage_of(name))
+        is_own = name.split(".")[1:2] == target.split(".")[1:2]
+        return is_in(name, "tasks") and (is_own or storey_of(target) < storey_of(name))
     if is_in(target, "params"):
         return is_in(name, "params") or stage_of(name) is not None or name == "tasks.__main__"
     return True
@@ -107,7 +101,7 @@ def forbidden(name: str, tree: ast.Module) -> Iterator[str]:
                 yield f"{name}:{node.lineno} passes {keyword.arg}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_arrows_and_forbidden_calls(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert broken_arrows(name_of(path), tree) == []
@@ -115,8 +109,8 @@ def test_arrows_and_forbidden_calls(path):
 
 
 def test_every_room_was_looked_at():
-    assert {name_of(path).split(".")[0] for path in MODULES} == {"flows", "params", "tasks"}
-    assert {"tasks.__main__", "tasks.run.layout", "flows.rlhf", "params.schema"} <= set(map(name_of, MODULES))
+    assert {name_of(path).split(".")[0] for path in FILES} == {"flows", "params", "tasks"}
+    assert {"tasks.__main__", "tasks.run.layout", "flows.rlhf", "params.schema"} <= set(map(name_of, FILES))
 
 
 @pytest.mark.parametrize(
@@ -125,10 +119,23 @@ def test_every_room_was_looked_at():
         ("tasks.sft", "from tasks.reward import run"),
         ("tasks.ppo.trainer", "import tasks.pack.rows"),
         ("tasks.ppo.trainer", "def f():\n    from tasks import sft"),
-        ("tasks.lm.forest", "from params.schema import Params"),
+        ("tasks.lm.attention.forest", "from params.schema import Params"),
         ("tasks.run.tracking", "import params"),
-        ("tasks.lm.forest", "from tasks.sft import run"),
+        ("tasks.lm.attention.forest", "from tasks.sft import run"),
+        ("tasks.run.tracking", "from tasks.training.rows import read_rows"),
+        ("tasks.lm.numerics.optimizer", "from tasks.training.optimizer import ADAM"),
+        ("tasks.training.rows", "from tasks.sft.records import PackedRow"),
+        ("tasks.training.rows", "from tasks.rl.rollout import Rollout"),
+        ("tasks.training.rows", "from params.schema import Params"),
+        ("tasks.rl.rollout", "from tasks.training.rows import read_rows"),
+        ("tasks.lm.model.kinds", "from tasks.lm.attention.forest import plant"),
+        ("tasks.lm.attention.forest", "def f():\n    from tasks.lm.adapters import lora"),
+        ("tasks.lm.heads.scores", "from tasks.lm.sampling.generation import generate"),
+        ("tasks.lm.logprobs.roads", "from tasks.lm import create_reference_model"),
+        ("tasks.ppo.stage", "from tasks.lm import create_reference_model"),
         ("params.schema", "from tasks.run.layout import Layout"),
+        ("params.schema", "from tasks.lm.model.template import CLEAN"),
+        ("tasks.run.tracking", "from tasks.lm.model.template import CLEAN"),
         ("params.schema", "import torch"),
         ("tasks.sft", "from flows import graph"),
         ("tasks.sft", "import prefect"),
@@ -139,7 +146,7 @@ def test_every_room_was_looked_at():
         ("tasks.run.tracking", "class Run:\n    import mlflow"),
         ("tasks.register", "from mlflow import MlflowClient"),
         ("tasks.register.models", "from tasks.register.serving import answer"),
-        ("tasks.register.serving.answer", "from tasks.lm.prompt import prompt_text"),
+        ("tasks.register.serving.answer", "from tasks.lm.model.template import prompt_text"),
         ("flows.graph", "from dvc.repo import Repo"),
         ("flows.graph", "from params.load import read"),
         ("flows.steps", "import importlib\nimportlib.import_module('mlflow')"),
@@ -152,8 +159,13 @@ def test_a_wrong_arrow_is_seen(name, line):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("tasks.ppo.trainer", "from tasks.ppo.losses import policy_loss\nfrom tasks.lm import prompt"),
+        ("tasks.ppo.trainer", "from tasks.ppo.losses import policy_loss\nfrom tasks.lm.model import hub"),
         ("tasks.sft", "from params.schema import Params\nfrom tasks.run.layout import Layout"),
+        ("tasks.training.optimizer", "from tasks.lm.numerics import optimizer\nfrom tasks.run import ranks"),
+        ("tasks.sft.trainer", "from tasks.training.rows import read_rows"),
+        ("tasks.lm", "from tasks.lm.heads.reference import create_reference_model"),
+        ("tasks.lm.heads.scores", "from tasks.lm.heads.reference import create_reference_model"),
+        ("tasks.lm.sampling.generation", "from tasks.lm.logprobs.roads import take_road"),
         ("tasks.run.tracking", "def f():\n    import mlflow"),
         ("tasks.register", "def f():\n    from mlflow import MlflowClient"),
         ("tasks.register.serving.answer", "import mlflow\nimport torch"),
@@ -192,7 +204,7 @@ def test_what_only_looks_forbidden_passes():
 
 @pytest.mark.slow
 def test_everything_below_flows_imports_without_prefect_mlflow_and_dvc():
-    modules = [name_of(path) for path in MODULES if not is_in(name_of(path), "flows")]
+    modules = [name_of(path) for path in FILES if not is_in(name_of(path), "flows")]
     modules = [name for name in modules if not (name.endswith("__main__") or is_in(name, TRAVELS))]
     script = (
         "import importlib, sys\n"

@@ -24,9 +24,9 @@ from transformers import (
 
 from params.schema import Params
 from tasks.data.schema import SCHEMA
-from tasks.lm.loading import save_model, train_tokenizer
-from tasks.lm.prompt import document_text
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.model.loading import save_model, train_tokenizer
+from tasks.lm.model.template import document_text
 from tasks.run.layout import STAGES, Layout
 
 torch.set_num_threads(1)  # nothing here is large enough for two

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from params.schema import PackParams
-from tasks.lm.prompt import encode_documents, encode_prompts, response_of
+from tasks.lm.model.template import encode_documents, encode_prompts, response_of
 from tasks.pack.pairs import preference_pairs
 from tasks.pack.records import GROUPS, KNOWN, PROMPTS, TOKENS, is_validation
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from tasks.lm.bins import BUNDLES_PER_ROW, best_fit_decreasing, bundle
+from tasks.lm.attention.bin_packing import BUNDLES_PER_ROW, best_fit_decreasing, bundle
 from tasks.pack.records import ROWS
 
 

@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from params.schema import Params
-from tasks.lm.ends import save_tokenizer
-from tasks.lm.loading import load_tokenizer, train_tokenizer
-from tasks.lm.prompt import document_text
+from tasks.lm.model.ends import save_tokenizer
+from tasks.lm.model.loading import load_tokenizer, train_tokenizer
+from tasks.lm.model.template import document_text
 from tasks.pack.encode import Documents, Groups, Prompts
 from tasks.pack.exposure import weighted
 from tasks.pack.mapped import Mapped, mapped

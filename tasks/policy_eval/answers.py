@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tasks.lm.ends import ends_of
-from tasks.lm.generation import draw_uniforms, generate, row_seeds
-from tasks.lm.reward_model import RewardModel
-from tasks.lm.roads import take_road
-from tasks.lm.sequences import lay_out, response_logprobs
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.logprobs.responses import response_logprobs
+from tasks.lm.logprobs.roads import take_road
+from tasks.lm.model.ends import ends_of
+from tasks.lm.sampling.generation import draw_uniforms, generate, row_seeds
 from tasks.run.stated import invents, stated, states
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # prompt and response

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from params.schema import Params, PPOParams
-from tasks.lm.ends import ends_of
-from tasks.lm.reward_model import scale_of
-from tasks.lm.roads import take_road
-from tasks.lm.sequences import lay_out, read_responses
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.heads.reward_model import scale_of
+from tasks.lm.logprobs.responses import read_responses
+from tasks.lm.logprobs.roads import take_road
+from tasks.lm.model.ends import ends_of
 from tasks.policy_eval.answers import JUDGE, MODEL, Answers
 from tasks.run.layout import Layout
 from tasks.run.monitor import Look, Thresholds, findings_of, gain

@@ -11,9 +11,9 @@ import numpy as np
 from pyarrow import parquet
 
 from params.schema import Params
-from tasks.lm.ends import ends_of
-from tasks.lm.loading import load_causal, load_tokenizer
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.model.ends import ends_of
+from tasks.lm.model.loading import load_causal, load_tokenizer
 from tasks.policy_eval import page
 from tasks.policy_eval.answers import JUDGE, MODEL, Answers, Reader, joined
 from tasks.policy_eval.card import correctness, describe, paired, summary, win_rate

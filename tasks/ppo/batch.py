@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.lm.room import Room
+from tasks.lm.model.context import Room
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tasks.lm.adapter_kinds import check_adapters
-from tasks.lm.forest import unwrapped
-from tasks.lm.freezing import blocks_of
-from tasks.lm.seq2seq import is_seq2seq
-from tasks.lm.value_head import ModelWithValueHead
+from tasks.lm.adapters.kinds import check_adapters
+from tasks.lm.heads.value_head import ModelWithValueHead
+from tasks.lm.model.freezing import blocks_of
+from tasks.lm.model.kinds import is_seq2seq, unwrapped
 
 
 def causal_of(model: nn.Module) -> nn.Module:

@@ -12,8 +12,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from tasks.lm.ends import save_tokenizer
-from tasks.lm.switching import learnt, load_learnt
+from tasks.lm.adapters.active import learnt, load_learnt
+from tasks.lm.model.ends import save_tokenizer
 from tasks.ppo.trackers import send, wants_table
 
 CARD = """---

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tasks.lm.generation import row_seeds
+from tasks.lm.sampling.generation import row_seeds
 from tasks.ppo.batch import check_batch
 from tasks.ppo.reward_functions import RewardFunction, scores_of
 from tasks.run.curve import Curve

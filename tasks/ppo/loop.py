@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tasks.lm.generation import Responses, row_seeds
-from tasks.lm.prompt import without_eos
-from tasks.lm.reading import encode
-from tasks.lm.seq2seq import is_seq2seq
-from tasks.lm.switching import learnt, load_learnt
+from tasks.lm.adapters.active import learnt, load_learnt
+from tasks.lm.model.kinds import is_seq2seq
+from tasks.lm.model.reading import encode
+from tasks.lm.model.template import without_eos
+from tasks.lm.sampling.generation import Responses, row_seeds
 from tasks.ppo.batch import check_tokens
 from tasks.ppo.config import PPOConfig
 from tasks.ppo.looks import HELD_OUT, OF_JUDGE, Looks

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tasks.lm.checkpointing import recompute_blocks
-from tasks.lm.generation import draw_uniforms, row_seeds
-from tasks.lm.modes import evaluating
-from tasks.lm.precision import autocast
-from tasks.lm.seq2seq import is_seq2seq, logits_alone
-from tasks.lm.sequences import read_responses
+from tasks.lm.logprobs.responses import read_responses
+from tasks.lm.logprobs.seq2seq import logits_alone
+from tasks.lm.model.kinds import is_seq2seq
+from tasks.lm.model.modes import evaluating
+from tasks.lm.model.recompute import recompute_blocks
+from tasks.lm.numerics.precision import autocast
+from tasks.lm.sampling.generation import draw_uniforms, row_seeds
 from tasks.ppo.batch import check_batch, read_scores
 from tasks.ppo.reward_functions import RewardFunction
 from tasks.ppo.rollout import Rollout

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.lm.ends import closed
-from tasks.lm.modes import evaluating
-from tasks.lm.prompt import decode_responses, parted, without_eos
-from tasks.lm.reading import encode, harmless
-from tasks.lm.reward_model import RewardModel, scale_of
-from tasks.lm.scoring import check_scorer, room_of
+from tasks.lm.heads.reward_model import RewardModel, scale_of
+from tasks.lm.heads.scores import check_scorer
+from tasks.lm.model.context import room_of
+from tasks.lm.model.ends import closed
+from tasks.lm.model.modes import evaluating
+from tasks.lm.model.reading import encode, harmless
+from tasks.lm.model.template import decode_responses, parted, without_eos
 from tasks.ppo.batch import read_scores
 from tasks.ppo.human_scores import read_human_scores
 
@@ -85,7 +86,7 @@ def from_model(
     """The score of a reward model at the document's last token, or as an encoder's own head gives it.
 
     Args:
-        model: its folder or Hub id, a :class:`tasks.lm.reward_model.RewardModel`, or a
+        model: its folder or Hub id, a :class:`tasks.lm.heads.reward_model.RewardModel`, or a
             sequence-classification model with one label that reads the policy's tokens.
         tokenizer: the policy's.
         normalize: (score - mean) / standard deviation, from the `scores.json` in the model's folder.
@@ -240,7 +241,7 @@ def scores_of(reward_fn: RewardFunction, prompts: Sequence, responses: Sequence)
 
 
 def texts_of(tokenizer: Any, prompts: Sequence, responses: Sequence) -> tuple[list[str], list[str]]:
-    """:func:`tasks.lm.prompt.decode_responses`, of rows that may be tensors. B, B rows -> B, B."""
+    """:func:`tasks.lm.model.template.decode_responses`, of rows that may be tensors. B, B rows -> B, B."""
     return decode_responses(tokenizer, _ids(prompts), _ids(responses))
 
 

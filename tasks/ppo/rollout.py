@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from tasks.lm.sequences import Sequences, read_responses, read_trunk, response_kl, response_logprobs
-from tasks.lm.trunk import Hydra, TrunkStates, joined
+from tasks.lm.attention.padding import Sequences
+from tasks.lm.logprobs.frozen_layers import Hydra, TrunkStates, joined
+from tasks.lm.logprobs.responses import read_responses, read_trunk, response_kl, response_logprobs
 from tasks.ppo.rewards import kl_estimate
 
 Context = Callable[[], AbstractContextManager]

@@ -7,16 +7,16 @@ import json
 from pyarrow import parquet
 
 from params.schema import Params
-from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.adapter_files import read_adapter
-from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
-from tasks.lm.ends import ends_of
-from tasks.lm.freezing import blocks_of
-from tasks.lm.generation import row_seeds
-from tasks.lm.loading import load_causal, load_tokenizer
-from tasks.lm.products import use_onednn_products
-from tasks.lm.quantized import is_quantized, quantized_keys
-from tasks.lm.reward_adapter import ScoredByAdapter
+from tasks.lm.adapters.files import read_adapter
+from tasks.lm.adapters.lora import add_adapter, merge_checked, merge_onto
+from tasks.lm.heads.reward_adapter import ScoredByAdapter
+from tasks.lm.heads.value_head import AutoModelForCausalLMWithValueHead
+from tasks.lm.model.ends import ends_of
+from tasks.lm.model.freezing import blocks_of
+from tasks.lm.model.loading import load_causal, load_tokenizer
+from tasks.lm.model.quantized import is_quantized, quantized_keys
+from tasks.lm.numerics.matmul import use_onednn_products
+from tasks.lm.sampling.generation import row_seeds
 from tasks.ppo.config import PPOConfig
 from tasks.ppo.kl_control import spent
 from tasks.ppo.looks import HELD_OUT, OF_JUDGE

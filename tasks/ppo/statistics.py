@@ -13,7 +13,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from tasks.lm.masked import masked_mean, masked_sum, masked_var
+from tasks.lm.numerics.masked import masked_mean, masked_sum, masked_var
 from tasks.ppo.rollout import Rollout
 
 OF_TOKENS = (  # summed over the tokens of an optimizer step

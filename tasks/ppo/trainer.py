@@ -14,23 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from tasks.lm.checkpointing import recompute_blocks
-from tasks.lm.ends import ends_of
-from tasks.lm.freezing import blocks_of, freeze_layers
-from tasks.lm.generation import Responses, draw_uniforms, generate, row_seeds
-from tasks.lm.masked import alone, masked_mean
-from tasks.lm.modes import in_evaluation
-from tasks.lm.optimizer import check_optimizer, make_optimizer
-from tasks.lm.precision import autocast
-from tasks.lm.reference import create_reference_model
-from tasks.lm.roads import take_road
-from tasks.lm.room import Room, speaking_room
-from tasks.lm.seq2seq import is_seq2seq, start_of, warn_of_start
-from tasks.lm.sequences import lay_out, read_responses
-from tasks.lm.steering import Steering
-from tasks.lm.switching import at_work, reference_adapters
-from tasks.lm.trunk import Hydra
-from tasks.lm.value_head import ModelWithValueHead
+from tasks.lm.adapters.active import at_work, reference_adapters
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.heads.reference import create_reference_model
+from tasks.lm.heads.value_head import ModelWithValueHead
+from tasks.lm.logprobs.frozen_layers import Hydra
+from tasks.lm.logprobs.responses import read_responses
+from tasks.lm.logprobs.roads import take_road
+from tasks.lm.model.context import Room, speaking_room
+from tasks.lm.model.ends import ends_of
+from tasks.lm.model.freezing import blocks_of, freeze_layers
+from tasks.lm.model.kinds import is_seq2seq, start_of, warn_of_start
+from tasks.lm.model.modes import in_evaluation
+from tasks.lm.model.recompute import recompute_blocks
+from tasks.lm.numerics.masked import alone, masked_mean
+from tasks.lm.numerics.optimizer import check_optimizer, make_optimizer
+from tasks.lm.numerics.precision import autocast
+from tasks.lm.sampling.generation import Responses, draw_uniforms, generate, row_seeds
+from tasks.lm.sampling.steering import Steering
 from tasks.ppo.asking import Asked, asked_of
 from tasks.ppo.batch import Batch, check_batch, check_tokens
 from tasks.ppo.checks import (

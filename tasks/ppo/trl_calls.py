@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from tasks.lm.masked import masked_mean, masked_var, whiten
+from tasks.lm.numerics.masked import masked_mean, masked_var, whiten
 from tasks.ppo.advantages import gae
 from tasks.ppo.batch import check_batch, read_scores
 from tasks.ppo.losses import policy_loss, ratio_of, value_loss

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.lm.prompt import document_text, encode_documents, encode_prompts, encode_texts
+from tasks.lm.model.template import document_text, encode_documents, encode_prompts, encode_texts
 
 EXAMPLES = (("What is 1 + 2?", "It is 3."), ("How do I list the files of a folder?", "With `ls -l`."))
 TOLERANCE = 1e-4  # of a score: absolute below 1, relative above
@@ -51,8 +51,8 @@ def check_text_scores(folder: Path, saved: Path, key: str) -> None:
     """
     import mlflow
 
-    from tasks.lm.loading import load_tokenizer
-    from tasks.lm.reward_model import load_frozen_style
+    from tasks.lm.heads.reward_model import load_frozen_style
+    from tasks.lm.model.loading import load_tokenizer
 
     model = load_frozen_style(folder, load_tokenizer(folder, key=key, needs_eos=False), key=key)
     questions, answers = ([example[i] for example in EXAMPLES] for i in range(2))
@@ -106,15 +106,15 @@ def documents_of(
 
 def training_scores(model, documents: Sequence[Sequence[int]]) -> list[float]:
     """Scores of documents as reward_eval and ppo compute them."""
-    from tasks.lm.scoring import score_documents
+    from tasks.lm.heads.scores import score_documents
 
     return score_documents(model, documents, len(documents)).tolist()
 
 
 def greedy_answers(model, tokenizer, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
     """The likeliest answers as policy_eval takes them, less half characters and the blanks around."""
-    from tasks.lm.ends import ends_of
-    from tasks.lm.generation import generate
+    from tasks.lm.model.ends import ends_of
+    from tasks.lm.sampling.generation import generate
 
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     ends = ends_of(model, tokenizer)

@@ -160,8 +160,9 @@ def _parts(recipe: Recipe, folder: Path) -> tuple[dict[str, Any], dict[str, Any]
     """Model and tokenizer as they will be saved, and what the code beside them needs to know."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    from tasks.lm.loading import load_causal, load_reward
-    from tasks.lm.scoring import is_encoder, room_of
+    from tasks.lm.model.context import room_of
+    from tasks.lm.model.kinds import is_encoder
+    from tasks.lm.model.loading import load_causal, load_reward
 
     load = load_reward if recipe.is_reward else load_causal
     model, tokenizer = load(folder, key=_key(folder)).eval(), AutoTokenizer.from_pretrained(folder)

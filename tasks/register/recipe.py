@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 MODELS = {"sft": "sft", "reward": "reward", "policy": "ppo"}  # name in the registry -> stage
 SAMPLING = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
 SERVING = Path(__file__).parent / "serving"
-EXPERTS = Path(__file__).parents[1] / "lm" / "frozen_style.py"  # stands alone, as what is in SERVING
+EXPERTS = Path(__file__).parents[1] / "lm" / "heads" / "frozen_style.py"  # stands alone, like SERVING
 
 
 @dataclass(frozen=True, slots=True)

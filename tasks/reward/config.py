@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from tasks.lm.trainer_optimizer import check_optim
-from tasks.run.start import SHOWN_AS_A_WHOLE
-from tasks.run.supported import check_written
-from tasks.run.trl_names import MODEL, Only, takes
+from tasks.training.optimizer import check_optim
+from tasks.training.start import SHOWN_AS_A_WHOLE
+from tasks.training.supported import check_written
+from tasks.training.trl_names import MODEL, Only, takes
 
 TRL = MODEL | {
     "max_prompt_length": Only((None,), "max_length bounds prompt and answer together"),
@@ -96,7 +96,7 @@ class RewardConfig(TrainingArguments):
         default=1024, metadata={"help": "most tokens of one forward; a longer question is alone; 0: no bound"}
     )
     optimizer: str | None = field(
-        default=None, metadata={"help": "by its name in tasks.lm.optimizer; None: as optim says"}
+        default=None, metadata={"help": "by its name in tasks.lm.numerics.optimizer; None: as optim says"}
     )
     logging_steps: float = field(
         default=SHOWN_AS_A_WHOLE, metadata={"help": "steps between two lines; fewer than 10 in all: each"}

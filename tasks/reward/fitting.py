@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tasks.lm.ends import ends_of, give_pad, ids_of
-from tasks.lm.forest import unwrapped
-from tasks.lm.loading import fit_embeddings
-from tasks.lm.scoring import is_encoder
+from tasks.lm.model.ends import ends_of, give_pad, ids_of
+from tasks.lm.model.kinds import is_encoder, unwrapped
+from tasks.lm.model.loading import fit_embeddings
 from tasks.reward.losses import gap_weights, length_rule
 from tasks.reward.records import GroupedAnswers, ends_with
 

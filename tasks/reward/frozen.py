@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from params.schema import Params, RewardParams
-from tasks.lm.frozen_style import HEAD, FrozenStyle, Head, features_of
-from tasks.lm.loading import load_encoder, load_tokenizer, save_model
-from tasks.lm.reward_model import frozen_style, load_frozen_style, write_scale
-from tasks.lm.scoring import room_of
+from tasks.lm.heads.frozen_style import HEAD, FrozenStyle, Head, features_of
+from tasks.lm.heads.reward_model import frozen_style, load_frozen_style, write_scale
+from tasks.lm.model.context import room_of
+from tasks.lm.model.loading import load_encoder, load_tokenizer, save_model
 from tasks.reward.convex import newton, one_thread, scaled
 from tasks.reward.losses import gap_weights, pair_loss
 from tasks.run.curve import Curve

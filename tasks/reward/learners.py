@@ -14,7 +14,7 @@ from pathlib import Path
 from pyarrow import parquet
 
 from params.schema import Params
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.heads.reward_model import RewardModel
 from tasks.run.layout import Layout
 
 

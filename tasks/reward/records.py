@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tasks.lm.forest import Segment, plant
+from tasks.lm.attention.forest import Segment, plant
 
 NOTHING = -1  # in a pair: not an answer but the score 0
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tasks.lm.prompt import without_eos
-from tasks.lm.reading import encode, warn_of_marker
+from tasks.lm.model.reading import encode, warn_of_marker
+from tasks.lm.model.template import without_eos
 from tasks.reward.records import NOTHING, GroupedAnswers, check, cut, share_prompt
-from tasks.run.rows import check_row, once, read_rows, token_ids, unpadded
-from tasks.run.turns import ASSISTANT, check_answer, read_turns
+from tasks.training.rows import check_row, once, read_rows, token_ids, unpadded
+from tasks.training.turns import ASSISTANT, check_answer, read_turns
 
 FORMS = "{[prompt,] chosen, rejected}, {chosen_ids, rejected_ids} or {prompt, response, label}"
 SIDES = ("chosen", "rejected")

@@ -13,27 +13,27 @@ from pyarrow import parquet
 from torch import Tensor
 
 from params.schema import Params
-from tasks.lm.adapter_files import tensors_of, write_adapter
-from tasks.lm.adapters import lora
-from tasks.lm.loading import load_tokenizer, save_model
-from tasks.lm.optimizer import check_optimizer
-from tasks.lm.products import use_onednn_products
-from tasks.lm.quantized import quantized_keys
-from tasks.lm.reward_model import RewardModel, write_scale
-from tasks.lm.scoring import is_encoder
+from tasks.lm.adapters.files import tensors_of, write_adapter
+from tasks.lm.adapters.lora import lora
+from tasks.lm.heads.reward_model import RewardModel, write_scale
+from tasks.lm.model.kinds import is_encoder
+from tasks.lm.model.loading import load_tokenizer, save_model
+from tasks.lm.model.quantized import quantized_keys
+from tasks.lm.numerics.matmul import use_onednn_products
+from tasks.lm.numerics.optimizer import check_optimizer
 from tasks.reward.config import RewardConfig
 from tasks.reward.frozen import learn_frozen
 from tasks.reward.learners import Learner, learners, refuse_without_pairs
 from tasks.reward.records import GroupedAnswers, share_prompt
 from tasks.reward.style import StyleRule, fit_style
 from tasks.reward.trainer import RewardTrainer
-from tasks.run.arguments import training_arguments
 from tasks.run.curve import Curve, plot
 from tasks.run.devices import derive_seed, seed_everything, use_device
 from tasks.run.files import staged
-from tasks.run.follow import follow
 from tasks.run.layout import Layout, StageResult
 from tasks.run.tracking import log_artifact
+from tasks.training.arguments import training_arguments
+from tasks.training.callback import follow
 
 _log = logging.getLogger(__name__)
 

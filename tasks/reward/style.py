@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.lm.frozen_style import text_features
+from tasks.lm.heads.frozen_style import text_features
 from tasks.run.text_rule import fit_rule
 
 MOST_WORDS = 100

@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PredictionOutput
 
-from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
-from tasks.lm.dropout import disable_dropout
-from tasks.lm.freezing import freeze_layers
-from tasks.lm.loading import load_reward, load_tokenizer
-from tasks.lm.precision import autocast
-from tasks.lm.scoring import check_scorer, forest_scores, is_encoder, room_of, take_scoring_road
-from tasks.lm.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
+from tasks.lm.adapters.lora import add_adapter, merge_checked, merge_onto
+from tasks.lm.heads.scores import check_scorer, forest_scores, take_scoring_road
+from tasks.lm.model.context import room_of
+from tasks.lm.model.dropout import disable_dropout
+from tasks.lm.model.freezing import freeze_layers
+from tasks.lm.model.kinds import is_encoder
+from tasks.lm.model.loading import load_reward, load_tokenizer
+from tasks.lm.numerics.precision import autocast
 from tasks.reward.config import RewardConfig
 from tasks.reward.fitting import (
     ends_to_leave_out,
@@ -30,12 +31,14 @@ from tasks.reward.fitting import (
 from tasks.reward.losses import expected_loss, pair_loss
 from tasks.reward.records import GroupedAnswers, collate
 from tasks.reward.rows import Reader
-from tasks.run.finite import FiniteTraining, check_weights
-from tasks.run.held_out import HeldOut
-from tasks.run.parts import InParts, Parts, part_tokens, parts_or
-from tasks.run.start import Announced
-from tasks.run.supported import check_hooks, check_model, check_trained, configured, take_tokenizer
-from tasks.run.trainer import SafeCheckpoints
+from tasks.run.finite import check_weights
+from tasks.training.checkpoints import SafeCheckpoints
+from tasks.training.evaluation import HeldOut
+from tasks.training.finite import FiniteTraining
+from tasks.training.microbatches import InParts, Parts, part_tokens, parts_or
+from tasks.training.optimizer import NamedOptimizer, refuse_two_optimizers
+from tasks.training.start import Announced
+from tasks.training.supported import check_hooks, check_model, check_trained, configured, take_tokenizer
 
 Dataset = Iterable[GroupedAnswers | Mapping] | Mapping[str, Any]  # rows, or columns
 PROBES = 8  # groups on which a merge is checked
@@ -48,7 +51,7 @@ class RewardTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced,
         model: the model, or its folder or Hub id; a causal model gets a fresh score head. Encoders serve too.
         args: a RewardConfig; None: its defaults.
         train_dataset: :class:`GroupedAnswers`, or rows as :func:`tasks.reward.rows.read_row` takes them, in
-            whatever :func:`tasks.run.rows.rows_of` reads; None: it will not be trained.
+            whatever :func:`tasks.training.rows.rows_of` reads; None: it will not be trained.
         eval_dataset: likewise, or a dict of such.
         processing_class: the tokenizer; it gets a pad token that is not eos, and the model is fitted to it.
         peft_config: of an adapter, a dict too; the score head is trained in full beside it. :meth:`merged`

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from params.schema import RewardEvalParams
-from tasks.lm.frozen_style import COUNTED as FEATURES
+from tasks.lm.heads.frozen_style import COUNTED as FEATURES
 from tasks.reward_eval.calibration import calibrate
 from tasks.reward_eval.gate import verdict
 from tasks.reward_eval.measures import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks.lm.frozen_style import text_features
+from tasks.lm.heads.frozen_style import text_features
 from tasks.run.stated import states
 
 STYLES = ("padded", "plain", "clear")  # of the built-in sample's answers, from the worst

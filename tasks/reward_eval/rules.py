@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from pyarrow import parquet
 
-from tasks.lm.frozen_style import text_features
+from tasks.lm.heads.frozen_style import text_features
 
 TEXT_RULES = ("longer", "has_code", "logistic", "answer_only", "style")  # see only the text; `earlier` not
 QUESTIONS_READ = 50_000  # five coefficients need no more

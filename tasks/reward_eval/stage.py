@@ -9,8 +9,8 @@ import numpy as np
 from pyarrow import parquet
 
 from params.schema import Params
-from tasks.lm.loading import load_tokenizer
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.model.loading import load_tokenizer
 from tasks.reward_eval.calibration import draw_reliability
 from tasks.reward_eval.card import report, summary
 from tasks.reward_eval.judge import beside

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from tasks.lm.trainer_optimizer import check_optim
-from tasks.run.start import SHOWN_AS_A_WHOLE
-from tasks.run.supported import check_written
-from tasks.run.trl_names import MODEL, Is, Only, Unused, takes
+from tasks.training.optimizer import check_optim
+from tasks.training.start import SHOWN_AS_A_WHOLE
+from tasks.training.supported import check_written
+from tasks.training.trl_names import MODEL, Is, Only, Unused, takes
 
 
 def _packing(name: str, value: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class SFTConfig(TrainingArguments):
         default=2048, metadata={"help": "most tokens of one forward; a longer row goes alone; 0: no bound"}
     )
     optimizer: str | None = field(
-        default=None, metadata={"help": "by its name in tasks.lm.optimizer; None: as optim says"}
+        default=None, metadata={"help": "by its name in tasks.lm.numerics.optimizer; None: as optim says"}
     )
     logging_steps: float = field(
         default=SHOWN_AS_A_WHOLE, metadata={"help": "steps between two lines; fewer than 10 in all: each"}

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from tasks.lm.bins import BUNDLES_PER_ROW, best_fit_decreasing, bundle
-from tasks.lm.prompt import without_eos
-from tasks.lm.reading import encode, render, warn_of_marker
-from tasks.run.rows import check_row, once, read_rows
-from tasks.run.turns import check_answer, read_turns
+from tasks.lm.attention.bin_packing import BUNDLES_PER_ROW, best_fit_decreasing, bundle
+from tasks.lm.model.reading import encode, render, warn_of_marker
+from tasks.lm.model.template import without_eos
 from tasks.sft.ids import read_ids
 from tasks.sft.records import Document, PackedRow
+from tasks.training.rows import check_row, once, read_rows
+from tasks.training.turns import check_answer, read_turns
 
 FORMS = "{text}, {prompt, completion}, {messages} or {input_ids[, labels | completion_mask | …]}"
 CUT_BY_TRL = 1024  # tokens, its default of max_length
@@ -123,7 +123,7 @@ def read_document(
             learnt), `completion_mask` (0: the prompt) and more (:func:`tasks.sft.ids.read_ids`).
             `conversations` is another name of `messages`, and `{from, value}` of a turn there. Texts end with
             eos, conversations as their template says; of one without a prompt the last answer is learnt. A
-            text is letters, whatever markers it spells (:mod:`tasks.lm.reading`).
+            text is letters, whatever markers it spells (:mod:`tasks.lm.model.reading`).
         tokenizer: any; None serves token ids.
         assistant_only: learn what the chat template marks by `{% generation %}`, and nothing else.
         response_only: the last answer will be learnt, and so must be the assistant's.

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from tasks.run.rows import token_ids, unpadded
 from tasks.sft.records import Document
+from tasks.training.rows import token_ids, unpadded
 
 NOT_LEARNT = -100  # transformers' label of a token that is only read
 COLUMNS = ("labels", "completion_mask", "assistant_masks", "position_ids", "token_type_ids")

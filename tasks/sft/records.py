@@ -8,7 +8,7 @@ from itertools import groupby
 
 import torch
 
-from tasks.lm.forest import Forest, Segment, plant
+from tasks.lm.attention.forest import Forest, Segment, plant
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,21 +5,21 @@ from __future__ import annotations
 from pyarrow import parquet
 
 from params.schema import Params
-from tasks.lm.adapters import lora
-from tasks.lm.loading import create_causal, fit_embeddings, load_causal, load_tokenizer, save_model
-from tasks.lm.optimizer import check_optimizer
-from tasks.lm.products import use_onednn_products
-from tasks.lm.quantized import quantized_keys
-from tasks.run.arguments import training_arguments
+from tasks.lm.adapters.lora import lora
+from tasks.lm.model.loading import create_causal, fit_embeddings, load_causal, load_tokenizer, save_model
+from tasks.lm.model.quantized import quantized_keys
+from tasks.lm.numerics.matmul import use_onednn_products
+from tasks.lm.numerics.optimizer import check_optimizer
 from tasks.run.curve import Curve, plot
 from tasks.run.devices import derive_seed, seed_everything, use_device
 from tasks.run.files import staged
-from tasks.run.follow import follow
 from tasks.run.layout import Layout, StageResult
 from tasks.run.tracking import log_artifact
 from tasks.sft.config import SFTConfig
 from tasks.sft.records import PackedRow
 from tasks.sft.trainer import SFTTrainer
+from tasks.training.arguments import training_arguments
+from tasks.training.callback import follow
 
 
 def read_rows(layout: Layout) -> tuple[list[PackedRow], list[PackedRow]]:

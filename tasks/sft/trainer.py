@@ -16,26 +16,28 @@ from torch import Tensor
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PredictionOutput
 
-from tasks.lm.adapters import add_adapter, merge_checked, merge_onto
-from tasks.lm.ends import fit_special_tokens, save_tokenizer
-from tasks.lm.forest import has_forest, run_forest, unwrapped
-from tasks.lm.freezing import freeze_layers
-from tasks.lm.heads import Predictions, check_causal, predict
-from tasks.lm.loading import fit_embeddings, load_causal, load_tokenizer
-from tasks.lm.padding import pad_forest
-from tasks.lm.precision import autocast
-from tasks.lm.roads import take_road
-from tasks.lm.scoring import room_of
-from tasks.lm.trainer_optimizer import NamedOptimizer, refuse_two_optimizers
-from tasks.run.finite import FiniteTraining, check_weights
-from tasks.run.held_out import HeldOut
-from tasks.run.parts import InParts, Parts, part_tokens, parts_or
-from tasks.run.start import Announced
-from tasks.run.supported import check_hooks, check_model, check_trained, configured, take_tokenizer
-from tasks.run.trainer import SafeCheckpoints
+from tasks.lm.adapters.lora import add_adapter, merge_checked, merge_onto
+from tasks.lm.attention.forest import has_forest, run_forest
+from tasks.lm.attention.padding import pad_forest
+from tasks.lm.logprobs.lm_head import Predictions, check_causal, predict
+from tasks.lm.logprobs.roads import take_road
+from tasks.lm.model.context import room_of
+from tasks.lm.model.ends import fit_special_tokens, save_tokenizer
+from tasks.lm.model.freezing import freeze_layers
+from tasks.lm.model.kinds import unwrapped
+from tasks.lm.model.loading import fit_embeddings, load_causal, load_tokenizer
+from tasks.lm.numerics.precision import autocast
+from tasks.run.finite import check_weights
 from tasks.sft.config import SFTConfig
 from tasks.sft.documents import Reader
 from tasks.sft.records import PackedRow, collate
+from tasks.training.checkpoints import SafeCheckpoints
+from tasks.training.evaluation import HeldOut
+from tasks.training.finite import FiniteTraining
+from tasks.training.microbatches import InParts, Parts, part_tokens, parts_or
+from tasks.training.optimizer import NamedOptimizer, refuse_two_optimizers
+from tasks.training.start import Announced
+from tasks.training.supported import check_hooks, check_model, check_trained, configured, take_tokenizer
 
 Dataset = Iterable[PackedRow | Mapping] | Mapping[str, Any]  # rows, or columns
 PROBES = 8  # documents on which a merge is checked
@@ -58,7 +60,7 @@ class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced, Sa
         model: a causal language model, or its folder or Hub id.
         args: an SFTConfig; None: its defaults.
         train_dataset: :class:`PackedRow`, or rows as :func:`tasks.sft.documents.read_document` takes them, in
-            whatever :func:`tasks.run.rows.rows_of` reads; None: it will not be trained.
+            whatever :func:`tasks.training.rows.rows_of` reads; None: it will not be trained.
         eval_dataset: likewise, or a dict of such.
         processing_class: the tokenizer; the one beside the model where the model is a name.
         peft_config: of an adapter; a dict too. :meth:`merged` ends it.
@@ -66,8 +68,8 @@ class SFTTrainer(FiniteTraining, InParts, HeldOut, NamedOptimizer, Announced, Sa
         keys: Trainer's, and `tokenizer`; what each does stands in docs/trainers.md.
 
     Raises:
-        ValueError: a model that no road serves (:func:`tasks.lm.roads.take_road`); a weight that is not
-            finite; a row that cannot teach, by its number; several GPUs in one process; a setting that
+        ValueError: a model that no road serves (:func:`tasks.lm.logprobs.roads.take_road`); a weight that is
+            not finite; a row that cannot teach, by its number; several GPUs in one process; a setting that
             nothing follows. In training, a loss or gradient that is not finite, or no step at all.
         TypeError: an argument that is none.
     """

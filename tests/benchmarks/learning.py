@@ -32,7 +32,7 @@ from learning_world import FOLDS, SEEDS, How, Job, World, apart, lesson, read_wo
 
 from params.schema import Params
 from tasks import data, pack
-from tasks.lm.loading import train_tokenizer
+from tasks.lm.model.loading import train_tokenizer
 from tasks.pack.stage import _documents
 from tasks.run.layout import Layout
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer
 
-from tasks.lm.loading import create_causal, load_reward, load_tokenizer, save_model
-from tasks.lm.prompt import encode_documents, encode_prompts
-from tasks.lm.scoring import score_documents
+from tasks.lm.heads.scores import score_documents
+from tasks.lm.model.loading import create_causal, load_reward, load_tokenizer, save_model
+from tasks.lm.model.template import encode_documents, encode_prompts
 from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer, pair_loss
 from tasks.run.devices import seed_everything
 from tasks.run.text_rule import sigmoid

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from pyarrow import parquet
 
-from tasks.lm.frozen_style import style_features
+from tasks.lm.heads.frozen_style import style_features
 from tasks.pack.exposure import ahead, balancing_weights
 from tasks.reward.losses import gap_weights
 from tasks.reward_eval.pairs import HeldOut, lay_out

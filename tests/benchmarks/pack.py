@@ -20,8 +20,8 @@ from pyarrow import parquet
 
 from params.schema import Params
 from tasks import data, pack
-from tasks.lm.loading import train_tokenizer
-from tasks.lm.prompt import document_text, prompt_text
+from tasks.lm.model.loading import train_tokenizer
+from tasks.lm.model.template import document_text, prompt_text
 from tasks.pack.stage import _documents
 from tasks.run.layout import Layout
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.products import use_onednn_products
+from tasks.lm.numerics.matmul import use_onednn_products
 from tasks.ppo import PPOConfig, PPOTrainer
 from tasks.run.devices import keep_freed_memory
 

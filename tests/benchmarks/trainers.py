@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from params.schema import Params
 from tasks import data, pack
-from tasks.lm.loading import load_causal, load_reward, train_tokenizer
+from tasks.lm.model.loading import load_causal, load_reward, train_tokenizer
 from tasks.pack.stage import _documents
 from tasks.reward import GroupedAnswers, RewardConfig, RewardTrainer
 from tasks.run.layout import Layout

@@ -12,13 +12,14 @@ import torch
 import transformers
 from torch.nn import functional
 
-from tasks.lm.decoding import prepared, way_of
-from tasks.lm.forest import has_forest
-from tasks.lm.freezing import freeze_layers
-from tasks.lm.generation import generate
-from tasks.lm.roads import take_road
-from tasks.lm.sequences import lay_out, read_responses, read_trunk, response_logprobs
-from tasks.lm.trunk import frozen_depth
+from tasks.lm.attention.forest import has_forest
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.logprobs.frozen_layers import frozen_depth
+from tasks.lm.logprobs.responses import read_responses, read_trunk, response_logprobs
+from tasks.lm.logprobs.roads import take_road
+from tasks.lm.model.freezing import freeze_layers
+from tasks.lm.sampling.decoders import prepared, way_of
+from tasks.lm.sampling.generation import generate
 
 CLOSE = 1e-5
 PROMPTS, RESPONSES = ((6, 3, 9, 3), 1), ((4, 5, 1, 2), 2)

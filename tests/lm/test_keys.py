@@ -9,11 +9,11 @@ from adapted import lora, saved_base
 from transformers import DataCollatorForLanguageModeling
 
 from tasks.lm import AutoModelForCausalLMWithValueHead as Valued
-from tasks.lm.loading import load_causal, load_reward
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.model.loading import load_causal, load_reward
 from tasks.reward import RewardConfig, RewardTrainer
-from tasks.run.parts import Parts
 from tasks.sft import SFTConfig, SFTTrainer
+from tasks.training.microbatches import Parts
 
 ROWS = [{"input_ids": [5, 6, 7, 1]}]
 PAIRS = [{"chosen_ids": [5, 6, 1], "rejected_ids": [5, 7, 1]}]

@@ -10,10 +10,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.adapter_files import read_adapter
-from tasks.lm.adapters import add_adapter
-from tasks.lm.loading import load_causal, load_reward, load_seq2seq, save_model
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.adapters.files import read_adapter
+from tasks.lm.adapters.lora import add_adapter
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.model.loading import load_causal, load_reward, load_seq2seq, save_model
 from tasks.ppo import PPOConfig, PPOTrainer
 
 

@@ -9,9 +9,10 @@ from adapted import lora, saved_base, saved_scorer
 from transformers import pipeline
 
 from tasks.lm import AutoModelForCausalLMWithValueHead as Valued
-from tasks.lm.generation import generate
-from tasks.lm.scoring import score_documents
-from tasks.lm.sequences import lay_out, read_responses, response_kl, response_logprobs
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.heads.scores import score_documents
+from tasks.lm.logprobs.responses import read_responses, response_kl, response_logprobs
+from tasks.lm.sampling.generation import generate
 from tasks.ppo.reward_functions import from_adapter, from_model, from_pipeline
 
 KINDS = ["gpt2", "opt", "llama"]  # learnt places, those with an offset, rotary ones

@@ -8,8 +8,8 @@ import pytest
 import tiny
 from pyarrow import parquet
 
-from tasks.lm.loading import load_tokenizer
-from tasks.lm.prompt import document_text, prompt_text
+from tasks.lm.model.loading import load_tokenizer
+from tasks.lm.model.template import document_text, prompt_text
 from tasks.pack import run
 from tasks.pack.records import KNOWN, is_validation
 

@@ -36,7 +36,7 @@ def count(parameters) -> int:
 
 @pytest.mark.parametrize("shape", [SMALL, GROUPED])
 def test_parameters_are_those_of_transformers_and_peft(shape):
-    from tasks.lm.adapters import add_adapter
+    from tasks.lm.adapters.lora import add_adapter
 
     model = AutoModelForCausalLM.from_config(config(shape))
     assert count(model.parameters()) == shape.parameters

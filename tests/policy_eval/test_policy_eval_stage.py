@@ -13,8 +13,8 @@ from pyarrow import parquet
 
 from params.schema import Params
 from tasks import pack
-from tasks.lm.loading import load_causal
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.model.loading import load_causal
 from tasks.policy_eval import monitor, run
 from tasks.policy_eval import stage as policy_eval_stage
 from tasks.policy_eval.answers import Reader, joined

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.value_head import ModelWithValueHead
+from tasks.lm.heads.value_head import ModelWithValueHead
 from tasks.ppo import PPOConfig, PPOTrainer
 
 DROPOUT = {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.generation import row_seeds
+from tasks.lm.sampling.generation import row_seeds
 from tasks.ppo import PPOConfig, PPOTrainer
 from tasks.run.curve import Curve
 from tasks.sft import PackedRow, SFTConfig, SFTTrainer

@@ -9,8 +9,9 @@ from made_trainers import batch, far_weights, trainer, weights
 from peft import LoraConfig
 
 from tasks.lm import AutoModelForCausalLMWithValueHead, create_reference_model
-from tasks.lm.freezing import blocks_of
-from tasks.lm.sequences import lay_out, response_logprobs
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.logprobs.responses import response_logprobs
+from tasks.lm.model.freezing import blocks_of
 
 BLOCKS = 3
 KINDS = ("llama", "gpt2", "gptj")

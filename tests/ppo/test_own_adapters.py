@@ -12,9 +12,9 @@ from made_trainers import batch, trainer
 from peft import AdaLoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from tasks.lm import AutoModelForCausalLMWithValueHead as Valued
-from tasks.lm.adapters import merge_checked
-from tasks.lm.switching import at_work
-from tasks.lm.trunk import Hydra, frozen_depth
+from tasks.lm.adapters.active import at_work
+from tasks.lm.adapters.lora import merge_checked
+from tasks.lm.logprobs.frozen_layers import Hydra, frozen_depth
 from tasks.reward import RewardConfig, RewardTrainer
 from tasks.sft import SFTConfig, SFTTrainer
 

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from torch.optim import SGD, Adam, AdamW
 
 from tasks.lm import AutoModelForCausalLMWithValueHead as Valued
-from tasks.lm.optimizer import MuonAdamW
-from tasks.lm.sequences import lay_out, response_logprobs
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.logprobs.responses import response_logprobs
+from tasks.lm.numerics.optimizer import MuonAdamW
 from tasks.ppo.loop import Loop
 from tasks.ppo.reward_functions import from_adapter, from_model, scores_of
 from tasks.run import checkpoint

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.generation import row_seeds
+from tasks.lm.sampling.generation import row_seeds
 from tasks.ppo import LengthSampler, PPOConfig, PPOTrainer
 
 QUICKSTART = """

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks import pack
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.adapters import merge_checked
-from tasks.lm.loading import load_causal
+from tasks.lm.adapters.lora import merge_checked
+from tasks.lm.model.loading import load_causal
 from tasks.pack.records import PROMPTS
 from tasks.ppo import run, stage
 from tasks.ppo.looks import HELD_OUT, OF_JUDGE

@@ -9,8 +9,9 @@ import tiny
 import torch
 from made_trainers import DROPOUT, batch, far_weights, first_gradients, trainer, weights
 
-from tasks.lm.generation import row_seeds
-from tasks.lm.sequences import lay_out, read_responses
+from tasks.lm.attention.padding import lay_out
+from tasks.lm.logprobs.responses import read_responses
+from tasks.lm.sampling.generation import row_seeds
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])

@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import nn
 
-import tasks.lm.sequences
+import tasks.lm.logprobs.responses
 import tasks.ppo.preflight
 import tasks.ppo.trainer
 from tasks.lm import AutoModelForCausalLMWithValueHead
@@ -187,13 +187,13 @@ def test_the_older_names_of_the_switch_are_the_same_switch():
 def test_positions_that_count_padding_are_found(monkeypatch, dtype):
     """What TRL 0.11 did to GPT-2."""
     trainer = made("gpt2", dtype=dtype)
-    monkeypatch.setattr(tasks.lm.sequences, "has_forest", lambda model: False)
+    monkeypatch.setattr(tasks.lm.logprobs.responses, "has_forest", lambda model: False)
     preflight(trainer, PROMPTS, varied)
 
     def as_they_stand(tokens, is_real):
         return tokens, torch.arange(tokens.numel()).view_as(tokens).masked_fill(~is_real, 0)
 
-    monkeypatch.setattr(tasks.lm.sequences, "flush_left", as_they_stand)
+    monkeypatch.setattr(tasks.lm.logprobs.responses, "flush_left", as_they_stand)
     assert "log-probabilities depend on the batch or its padding" in refused(trainer)
 
 

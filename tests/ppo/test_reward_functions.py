@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, pipeline
 
-from tasks.lm.prompt import encode_documents, encode_prompts
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.model.template import encode_documents, encode_prompts
 from tasks.ppo.batch import read_scores
 from tasks.ppo.reward_functions import from_file, from_model, from_pipeline, mix, texts_of
 

@@ -14,8 +14,8 @@ from seq2seq_models import close, laid_out, model_of, valued
 from torch.nn.utils.rnn import pad_sequence
 
 from tasks.lm import AutoModelForSeq2SeqLMWithValueHead
-from tasks.lm.forest import has_forest
-from tasks.lm.sequences import read_responses
+from tasks.lm.attention.forest import has_forest
+from tasks.lm.logprobs.responses import read_responses
 from tasks.ppo import PPOConfig, PPOTrainer
 from tasks.ppo.preflight import preflight
 from tasks.run.layout import Refusal

@@ -6,7 +6,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from tasks.lm.loading import save_model, train_tokenizer
+from tasks.lm.model.loading import save_model, train_tokenizer
 from tasks.register import IDENTITY
 from tasks.run import tracking
 from tasks.run.files import write_json

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from params.schema import Params
-from tasks.lm.frozen_style import HEAD, FrozenStyle, Head
-from tasks.lm.prompt import document_text, prompt_text
-from tasks.lm.reward_model import load_frozen_style
+from tasks.lm.heads.frozen_style import HEAD, FrozenStyle, Head
+from tasks.lm.heads.reward_model import load_frozen_style
+from tasks.lm.model.template import document_text, prompt_text
 from tasks.register import checks, holdings, models, recipe
 from tasks.run import tracking
 

@@ -18,9 +18,9 @@ from transformers import AutoModel
 
 from params.load import ParamsError, validate
 from tasks import pack, ppo, reward_eval
-from tasks.lm.frozen_style import FrozenStyle, features_of
-from tasks.lm.loading import load_tokenizer
-from tasks.lm.reward_model import RewardModel
+from tasks.lm.heads.frozen_style import FrozenStyle, features_of
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.model.loading import load_tokenizer
 from tasks.ppo.preflight import preflight
 from tasks.reward import frozen, run
 from tasks.reward.convex import newton, scaled

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tasks.lm.loading import train_tokenizer
+from tasks.lm.model.loading import train_tokenizer
 from tasks.reward import GroupedAnswers
 
 LORA = {"r": 2, "lora_alpha": 8, "target_modules": "all-linear"}

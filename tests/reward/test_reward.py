@@ -18,10 +18,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from tasks import pack, ppo, reward_eval
 from tasks.lm import AutoModelForCausalLMWithValueHead
-from tasks.lm.adapter_files import read_adapter
-from tasks.lm.loading import load_causal
-from tasks.lm.reward_model import RewardModel
-from tasks.lm.scoring import score_documents
+from tasks.lm.adapters.files import read_adapter
+from tasks.lm.heads.reward_model import RewardModel
+from tasks.lm.heads.scores import score_documents
+from tasks.lm.model.loading import load_causal
 from tasks.reward import collate, run
 from tasks.reward import stage as reward_stage
 from tasks.reward.learners import Start, learners

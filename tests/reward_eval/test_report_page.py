@@ -9,7 +9,7 @@ import pytest
 from cases import NO_RULE, answer, drawn, group, one_pair_each
 
 from params.schema import RewardEvalParams
-from tasks.lm.frozen_style import COUNTED as FEATURES
+from tasks.lm.heads.frozen_style import COUNTED as FEATURES
 from tasks.reward_eval.card import report, summary
 from tasks.reward_eval.measures import interval
 from tasks.reward_eval.mistakes import shortened, worst_mistakes

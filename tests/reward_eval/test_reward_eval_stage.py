@@ -13,7 +13,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from tasks import pack
-from tasks.lm.loading import load_tokenizer
+from tasks.lm.model.loading import load_tokenizer
 from tasks.pack.records import GROUPS
 from tasks.reward_eval import run, stage
 

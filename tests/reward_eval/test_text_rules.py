@@ -10,8 +10,8 @@ import pytest
 from cases import answer, group
 from pyarrow import parquet
 
-from tasks.lm.frozen_style import COUNTED as FEATURES
-from tasks.lm.frozen_style import text_features
+from tasks.lm.heads.frozen_style import COUNTED as FEATURES
+from tasks.lm.heads.frozen_style import text_features
 from tasks.pack.records import GROUPS
 from tasks.reward_eval import rules
 from tasks.reward_eval.rules import training_differences

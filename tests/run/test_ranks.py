@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tasks.run import checkpoint, ranks
-from tasks.run.arguments import training_arguments
 from tasks.run.devices import use_device
 from tasks.run.files import staged, write_json
-from tasks.run.follow import Follow
 from tasks.run.progress import Progress
+from tasks.training.arguments import training_arguments
+from tasks.training.callback import Follow
 
 
 @pytest.fixture

@@ -383,7 +383,7 @@ def test_the_stages_of_one_dvc_process_share_an_execution(tmp_path):
 def test_the_trainers_import_without_mlflow():
     code = (
         "import sys; sys.modules['mlflow'] = None\n"
-        "import tasks.run.tracking as t, tasks.run.trainer, tasks.run.curve, tasks.run.checkpoint\n"
+        "import tasks.run.tracking as t, tasks.training.checkpoints, tasks.run.curve, tasks.run.checkpoint\n"
         "t.log_metrics({'a': 1.0}); t.log_artifact('x'); print(t.active_run())"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "None\n"

@@ -13,8 +13,8 @@ from trainings import FirstGradients, KillAt, Killed
 from transformers import AutoModelForCausalLM
 
 from tasks import pack
-from tasks.lm import logprobs
-from tasks.lm.forest import enable_forest
+from tasks.lm.attention.forest import enable_forest
+from tasks.lm.logprobs import chunked
 from tasks.sft import PackedRow, SFTConfig, SFTTrainer, collate, read_rows, run
 
 ROW = PackedRow((5, 6, 1, 7, 8, 9, 1), (3, 4), (2, 1))
@@ -121,7 +121,7 @@ def test_a_shared_prompt_changes_neither_loss_nor_gradient(tmp_path, kind, loss_
 def test_the_whole_logits_are_never_made(tmp_path, monkeypatch):
     """Neither in a training step nor in evaluation: 70 tokens, 400 in the vocabulary, 4 places at a time."""
     for name, value in (("LEAST_PLACES", 4), ("CHUNK_LOGITS", {}), ("KEPT_LOGITS", {})):
-        monkeypatch.setattr(logprobs, name, value)
+        monkeypatch.setattr(chunked, name, value)
     some, sizes = rows(6), []
     assert sum(len(row.tokens) for row in some) > 50
     made = trainer(

@@ -18,7 +18,7 @@ from test_sft import copied
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tasks import pack
-from tasks.lm.loading import load_causal
+from tasks.lm.model.loading import load_causal
 from tasks.sft import PackedRow, SFTConfig, SFTTrainer, run
 from tasks.sft import stage as sft_stage
 

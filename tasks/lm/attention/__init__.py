@@ -1,0 +1,1 @@
+"""Tree attention over packed rows, and rows that are padded where a model cannot have it."""

@@ -1,0 +1,1 @@
+"""Arithmetic that knows no language model: optimizers, matrix products, masked sums, precision."""

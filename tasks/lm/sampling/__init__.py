@@ -1,0 +1,1 @@
+"""Responses drawn from a language model, row by row from seeds of their own."""

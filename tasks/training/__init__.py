@@ -1,0 +1,1 @@
+"""What every training on stored rows shares: transformers' Trainer over packed batches, without pickles."""
