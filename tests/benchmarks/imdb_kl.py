@@ -3,10 +3,10 @@
     python tests/benchmarks/imdb_kl.py --work <folder> [--target 3] [--horizon none 10000] [--updates 40] …
 
 A LLaMA of 1.4 million parameters learns pieces of IMDb's reviews, a reward model made from it learns their
-labels, and PPO writes on from the first words of unseen pieces. Each horizon begins at the same
-weights, with the same prompts and draws; `none` is the run's own. The start is kept in the folder. Prints KL
-of the middle fifth of the run, of its second half over the target, the last KL and price, and the gain of
-the held-out score in standard deviations of the reward model's scores on held-out pieces.
+labels, and PPO writes on from the first words of unseen pieces. Each horizon begins at the same weights, with
+the same prompts and draws; `none` is the run's own. The start is kept in the folder. Prints KL of the middle
+fifth of the run, of its second half over the target, the last KL and price, the scores of the first rollout
+and of the last look, in standard deviations of what the reward model says of real pieces.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def play(work: Path, horizon: int | None, given: argparse.Namespace) -> dict[str
         updates=given.updates, batch_size=128, mini_batch_size=64, ppo_epochs=given.ppo_epochs,
         horizon=horizon, target=given.target, init_kl_coef=given.init_kl_coef, lam=1.0, max_grad_norm=1.0,
         learning_rate=given.learning_rate, adam_beta2=0.95, vf_coef=given.vf_coef, response_tokens=32,
-        num_value_layers_unfrozen=given.value_layers, eval_updates=given.updates // 4,
+        num_value_layers_unfrozen=given.value_layers, eval_updates=max(1, given.updates // 4),
         missing_eos_penalty=1.0, seed=given.seed,
     )  # fmt: skip
     model = AutoModelForCausalLMWithValueHead.from_pretrained(work / "sft")
@@ -110,7 +110,7 @@ def play(work: Path, horizon: int | None, given: argparse.Namespace) -> dict[str
     )
     kl, score = curve.points("kl_nats")[1], curve.points("held_out_score")[1]
     found = spent(kl, config.target) | {"kl_last": kl[-1], "price_last": prices[-1]}
-    found["gain"] = score[-1] - score[0]
+    found |= {"score_first": curve.points("score")[1][0], "held_out_score_last": score[-1]}
     settings = {"horizon": horizon, **{k: v for k, v in vars(given).items() if k in NUMBERS}}
     whole = settings | found | {"kl": kl, "prices": prices, "held_out_score": score}
     with (work / "found.jsonl").open("a") as file:
