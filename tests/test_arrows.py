@@ -25,7 +25,7 @@ def is_in(name: str, room: str) -> bool:
 
 
 def stage_of(name: str) -> str | None:
-    """The stage a module belongs to; None for lm, run and __main__."""
+    """The stage a module belongs to; None for training, lm, run and __main__."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 and parts[0] == "tasks" and parts[1] in STAGES else None
 
