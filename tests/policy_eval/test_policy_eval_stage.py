@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import tiny
 import torch
 from pyarrow import parquet
 
-from params.schema import Params
+from params.schema import Params, PPOParams
 from tasks import pack
 from tasks.lm.heads.reward_model import RewardModel
 from tasks.lm.model.loading import load_causal
@@ -21,6 +22,8 @@ from tasks.policy_eval.answers import Reader, joined
 from tasks.policy_eval.stage import may_judge, prompts_of, temperatures_of
 from tasks.run.devices import derive_seed
 from tasks.run.files import write_json
+from tasks.run.layout import Layout
+from tasks.run.monitor.look import Look
 
 SCALES = {"model": {"mean": 0.5, "std": 2.0}, "judge": {"mean": -1.0, "std": 4.0}}
 
@@ -350,3 +353,25 @@ def test_scores_that_are_not_finite_are_an_error(upstream):
     torch.nn.init.constant_(judge.model.score.weight, torch.nan)
     with pytest.raises(ValueError, match=r"scores that are not finite, first to a response to \S+/\d+$"):
         reader_of(model, judge).answer(model, held_out_prompts(upstream, 2), 1, None, 0)
+
+
+class Recorded:
+    """A section that remembers which of its keys were read."""
+
+    def __init__(self, section) -> None:
+        self.section, self.read = section, set()
+
+    def __getattr__(self, name: str):
+        self.read.add(name)
+        return getattr(self.section, name)
+
+
+def test_what_the_monitor_reads_is_tracked():
+    """A run whose target alone changes is judged anew."""
+    steady = Look(
+        **{name: np.zeros(2) for name in ("proxy", "kl_nats", "tokens", "eos_rate", "repetition_3")},
+        code_fence_rate=np.zeros(2), entropy_nats=np.zeros(2), distinct_2=0.5, judge=np.zeros(2),
+    )  # fmt: skip
+    root, section = Path(__file__).parents[2], Recorded(PPOParams(select="best", kl_budget_nats=1.0))
+    monitor.watch(steady, steady, section)
+    assert {f"ppo.{key}" for key in section.read} <= set(Layout(root, root).tracked("policy_eval"))
